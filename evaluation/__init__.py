@@ -1,0 +1,1 @@
+"""The truth: texts, the unquantized reference, a candidate put on a model, its loss by chunk."""

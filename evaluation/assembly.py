@@ -1,0 +1,97 @@
+"""A model whose weights are the bank's pages: built without loading, switched without copying."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from quantization.bank import Bank, Tensors
+from quantization.checkpoints import load_config
+from quantization.schemes import Scheme
+
+
+class AssembledModel:
+    """One replica of a model, holding whichever candidate was assigned last.
+
+    Not thread-safe: a worker owns its replica. On the CPU the parameters are views of the bank's
+    mapped files; on an accelerator each scheme of a unit is moved there once and kept.
+    """
+
+    def __init__(self, bank: Bank, device: torch.device) -> None:
+        self.bank, self.device = bank, device
+        self.module = _skeleton(bank)
+        self._aliases = _aliases(self.module)
+        self._on_device: dict[tuple[str, str], Tensor] = {}
+        for unit in bank.layout.units:
+            self._adopt(bank.reference(unit))
+        self._adopt(bank.rest())
+        self.module.to(device)
+        self.module.eval()
+        self._parameters = dict(self.module.named_parameters())
+        self._current: list[Scheme | None] = [None] * len(bank.layout.units)
+
+    def assign(self, schemes: Sequence[Scheme] | None) -> None:
+        """Point every unit at its scheme's tensors; None restores the reference."""
+        wanted = [None] * len(self._current) if schemes is None else list(schemes)
+        for i, (unit, scheme) in enumerate(zip(self.bank.layout.units, wanted, strict=True)):
+            if scheme == self._current[i]:
+                continue
+            tensors = (
+                self.bank.reference(unit) if scheme is None else self.bank.tensors(unit, scheme)
+            )
+            for name, tensor in tensors.items():
+                self._parameters[name].data = self._placed(
+                    name, "reference" if scheme is None else scheme.name, tensor
+                )
+            self._current[i] = scheme
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final hidden states (batch x tokens x width) of token ids (batch x tokens)."""
+        states = self.module.base_model(input_ids=ids.to(self.device), use_cache=False)
+        return states.last_hidden_state
+
+    def _placed(self, name: str, scheme: str, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        if (name, scheme) not in self._on_device:
+            self._on_device[name, scheme] = tensor.to(self.device)
+        return self._on_device[name, scheme]
+
+    def _adopt(self, tensors: Tensors) -> None:
+        """Replace meta parameters (and persistent buffers) by real ones."""
+        for name, tensor in tensors.items():
+            owners = self._aliases.get(name)
+            if owners is None:
+                path, _, leaf = name.rpartition(".")
+                self.module.get_submodule(path)._buffers[leaf] = tensor
+                continue
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            for path, leaf in owners:
+                self.module.get_submodule(path)._parameters[leaf] = parameter
+
+
+def _skeleton(bank: Bank) -> Any:
+    """The model with its parameters on the meta device and its computed buffers real."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(bank.checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=bank.dtype,
+            trust_remote_code=bank.checkpoint.trust_remote_code,
+        )
+    model.tie_weights()  # moving to the meta device parted what was tied
+    return model
+
+
+def _aliases(module: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """First name of each parameter, and every (module, attribute) that holds it."""
+    first = {id(p): name for name, p in module.named_parameters()}
+    owners: dict[str, list[tuple[str, str]]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        owners.setdefault(first[id(parameter)], []).append((path, leaf))
+    return owners

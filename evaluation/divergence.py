@@ -1,0 +1,118 @@
+"""KL divergence over the vocabulary, from final hidden states, exact below bf16's resolution.
+
+Legend: N tokens of a block, V vocabulary, H width; p the reference, q the candidate.
+
+The textbook way subtracts two log-softmaxes of bf16 logits, whose rounding (2^-9 of values near
+20) alone looks like 0.001 nats: as much as an 8-bit candidate loses. With a linear head the
+difference of the logits is the head applied to the *difference* of the hidden states, whose
+rounding is relative to that small difference:
+
+    d = z_q - z_p = W (h_q - h_p)
+    KL(p || q) = log( sum_v p_v exp(d_v) ) - sum_v p_v d_v
+
+On SmolLM2 this agrees with float32 to four digits at 8 bits, where the textbook way is 40 % off.
+A block of tokens at a time keeps the logits in cache and off the heap.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+BLOCK_BYTES = 32 * 2**20  # of float32 logits; 128 tokens of 49,152 words were fastest on 2 cores
+PROBE_SCALE = 100.0  # large enough that a soft cap on the logits bends
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over a chunk's predicted tokens, in nats."""
+
+    kl_sum: float
+    nll_sum: float
+    tokens: int
+
+
+class Head:
+    """What turns a model's final hidden states into logits, caps and scales included.
+
+    Runs the model's own forward pass with its body replaced by given hidden states, so that
+    nothing needs to be known of the head. Whether it is linear is found by trying.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.weight: Tensor = model.get_output_embeddings().weight
+        self.scale = self._linear_scale()
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits (N x V) in the model's arithmetic type."""
+        if self.scale == 1.0:
+            return hidden_NH @ self.weight.T
+        body = self._model.base_model
+        original = body.forward
+        body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden_NH[None])
+        try:
+            ids = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+            return logits
+        finally:
+            body.forward = original
+
+    def difference(self, p_NH: Tensor, q_NH: Tensor, p_logits_NV: Tensor) -> Tensor:
+        """Logits of q less those of p (N x V, float32)."""
+        if self.scale is None:
+            return self.logits(q_NH).float() - p_logits_NV
+        d = ((q_NH.float() - p_NH.float()).to(self.weight.dtype) @ self.weight.T).float()
+        return d if self.scale == 1.0 else d * self.scale
+
+    def _linear_scale(self) -> float | None:
+        """The factor s if logits = s W h, None if the head is not linear (or has a bias)."""
+        self.scale = None
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(8, self.weight.shape[1], generator=generator) * PROBE_SCALE
+        probe = probe.to(self.weight)
+        with torch.inference_mode():
+            plain = (probe @ self.weight.T).float()
+            actual = self.logits(probe).float()
+        scale = float((plain * actual).sum() / (plain * plain).sum())
+        error = float((actual - scale * plain).abs().max() / actual.abs().max())
+        if error > 0.02 or not error == error:
+            return None
+        return 1.0 if abs(scale - 1) < 1e-3 else scale
+
+
+@torch.inference_mode()
+def divergence(head: Head, p_TH: Tensor, q_TH: Tensor, targets_T: Tensor) -> Loss:
+    """KL(p || q) and the candidate's negative log-likelihood, summed over T tokens.
+
+    Args:
+        p_TH: hidden states of the reference, tokens x width.
+        q_TH: hidden states of the candidate, tokens x width.
+        targets_T: the token that follows each position.
+    """
+    block = max(1, BLOCK_BYTES // (4 * head.weight.shape[0]))
+    kl = nll = 0.0
+    for start in range(0, len(p_TH), block):
+        part = slice(start, start + block)
+        kl_N, nll_N = _block(head, p_TH[part], q_TH[part], targets_T[part])
+        kl += kl_N.double().sum().item()
+        nll += nll_N.double().sum().item()
+    return Loss(kl, nll, len(p_TH))
+
+
+def _block(
+    head: Head, p_NH: Tensor, q_NH: Tensor, targets_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    z_NV = head.logits(p_NH).float()
+    d_NV = head.difference(p_NH, q_NH, z_NV)
+    z_NV -= z_NV.amax(-1, keepdim=True)
+    q_target_N = (z_NV.gather(-1, targets_N[:, None]) + d_NV.gather(-1, targets_N[:, None]))[:, 0]
+    shift_N = d_NV.amax(-1, keepdim=True)  # exp(d - shift) can't overflow
+    e_NV = z_NV.exp_()
+    mass_N = e_NV.sum(-1)
+    mean_d_N = torch.linalg.vecdot(e_NV, d_NV) / mass_N
+    shifted_N = torch.linalg.vecdot(e_NV, d_NV.sub_(shift_N).exp_())
+    log_q_mass_N = shifted_N.log() + shift_N[:, 0]
+    return log_q_mass_N - mass_N.log() - mean_d_N, log_q_mass_N - q_target_N

@@ -1,0 +1,130 @@
+"""The evaluator: one candidate on one chunk of text, against the unquantized model."""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from evaluation.assembly import AssembledModel
+from evaluation.divergence import Head, Loss, divergence
+from quantization.bank import Bank
+from quantization.cache import cache_dir
+from quantization.checkpoints import load_model
+from quantization.errors import MeasurementError
+from quantization.schemes import Scheme
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What measuring a candidate on a chunk gives: sums in nats, and the seconds it took."""
+
+    kl_sum: float
+    nll_sum: float
+    tokens: int
+    seconds: float
+
+
+class Evaluator:
+    """Measures candidates on one model replica.
+
+    The reference's final hidden states are kept in the cache, one small file a chunk (tokens x
+    width, not tokens x vocabulary); logits are rebuilt from them block by block.
+    """
+
+    def __init__(self, bank: Bank, device: torch.device) -> None:
+        self.bank = bank
+        self.model = AssembledModel(bank, device)
+        self.head = Head(self.model.module)
+        identity = f"{bank.checkpoint.weights_hash}|{bank.dtype}|{device.type}"
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self._folder = cache_dir() / "references" / name
+        self._states: dict[str, Tensor] = {}
+
+    def measure(self, schemes: Sequence[Scheme] | None, ids: Ids) -> Measurement:
+        """KL from the reference and negative log-likelihood of a candidate on a chunk.
+
+        Args:
+            schemes: one for each unit of the layout; None for the reference itself.
+            ids: token ids of the chunk; every token after the first is predicted.
+
+        Raises:
+            MeasurementError: NaN or infinity in the logits, of the candidate or the reference.
+        """
+        p_TH = self.reference(ids)
+        start = time.perf_counter()
+        q_TH = p_TH if schemes is None else self._hidden(schemes, ids)
+        targets = torch.from_numpy(ids[1:]).to(self.model.device)
+        loss = divergence(self.head, p_TH[:-1], q_TH[:-1], targets)
+        if not np.isfinite([loss.kl_sum, loss.nll_sum]).all():
+            raise MeasurementError(
+                "NaN or infinity in the logits of "
+                + ("the unquantized model" if schemes is None else "a candidate")
+                + f" in {_name(self.bank.dtype)}; try --dtype float32"
+            )
+        return Measurement(
+            loss.kl_sum, loss.nll_sum, loss.tokens, time.perf_counter() - start
+        )
+
+    def reference(self, ids: Ids) -> Tensor:
+        """Final hidden states of the unquantized model on a chunk (tokens x width)."""
+        key = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+        if key not in self._states:
+            path = self._folder / f"{key}.safetensors"
+            if not path.exists():
+                states = self._hidden(None, ids)
+                if not bool(states.isfinite().all()):
+                    raise MeasurementError(
+                        "NaN or infinity in the unquantized model's hidden states in "
+                        f"{_name(self.bank.dtype)}; try --dtype float32, or check the checkpoint"
+                    )
+                _write(path, states)
+            self._states[key] = load_file(path)["hidden"].to(self.model.device)
+        return self._states[key]
+
+    def noise_floor(self, ids: Ids) -> float | None:
+        """KL in nats per token between float32 and this arithmetic type on a chunk.
+
+        Differences between candidates below it are not differences of the candidates. None in
+        float32, whose own floor is far below anything that is shown.
+        """
+        if self.bank.dtype == torch.float32:
+            return None
+        exact = load_model(self.bank.checkpoint, torch.float32).to(self.model.device)
+        with torch.inference_mode():
+            batch = torch.from_numpy(ids)[None].to(self.model.device)
+            p_TH = exact.base_model(input_ids=batch, use_cache=False).last_hidden_state[0]
+            loss: Loss = divergence(
+                Head(exact), p_TH[:-1], self.reference(ids)[:-1].float(), batch[0, 1:]
+            )
+        return loss.kl_sum / loss.tokens
+
+    def _hidden(self, schemes: Sequence[Scheme] | None, ids: Ids) -> Tensor:
+        self.model.assign(schemes)
+        with torch.inference_mode():
+            return self.model.hidden(torch.from_numpy(ids)[None])[0]
+
+
+def _write(path: Path, states: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, work = tempfile.mkstemp(dir=path.parent, prefix="writing-")
+    os.close(descriptor)
+    try:
+        save_file({"hidden": states.cpu().contiguous()}, work)
+        os.replace(work, path)
+    finally:
+        Path(work).unlink(missing_ok=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,199 @@
+"""The bank: a model's units quantized once under every scheme, mapped from disk, never copied.
+
+One safetensors file a unit and scheme holds the dequantized tensors in the arithmetic type of the
+measurements; one more holds what isn't in any unit. Files are named by what they contain (weights,
+quantizer, type, scheme, unit), written beside their place and renamed, so a bank may be shared by
+all workers of a node, grows by what a new menu adds, and survives a kill at any moment. Reading
+maps the file: processes share its pages, and switching a model to another scheme only moves
+pointers.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantization.cache import cache_dir
+from quantization.checkpoints import Checkpoint, load_model
+from quantization.errors import BankError, QuantizationError
+from quantization.formats import FORMATS
+from quantization.quantizers import Quantizer
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout, Site, Unit
+
+Choices = Sequence[Sequence[Scheme]]
+"""The schemes that each unit may get, in the layout's order."""
+
+Tensors = dict[str, Tensor]
+"""Parameters by their name in the state dict."""
+
+REFERENCE = "reference"
+
+
+class Bank:
+    """The bank of one model, quantizer and arithmetic type.
+
+    Instances are cheap; a process may hold several. Tensors that it returns are read-only by
+    agreement: they are views of shared pages.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        quantizer: Quantizer,
+        dtype: torch.dtype,
+        root: Path | None = None,
+    ) -> None:
+        self.checkpoint, self.layout = checkpoint, layout
+        self.quantizer, self.dtype = quantizer, dtype
+        identity = f"{checkpoint.weights_hash}|{quantizer.identity}|{dtype}"
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self.folder = (root or cache_dir() / "banks") / name
+        self._maps: dict[Path, Tensors] = {}
+
+    def missing(self, choices: Choices) -> list[Path]:
+        """The files that `build` would write."""
+        files = [self._path(unit, scheme) for unit, scheme in self._entries(choices)]
+        return [file for file in dict.fromkeys([*files, self._rest_path()]) if not file.exists()]
+
+    def build(self, choices: Choices, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Write the files that are missing: loads the model if there are any.
+
+        Args:
+            choices: the schemes of each unit, in the layout's order; the reference comes along.
+            progress: called with the number of files that were just written.
+
+        Raises:
+            BankError: the disk is full or the folder can't be written.
+            QuantizationError: a tensor that a format can't hold, with its unit's name.
+        """
+        if not self.missing(choices):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_space(choices)
+            parameters = _parameters(load_model(self.checkpoint, torch.float32))
+            for unit, schemes in zip(self.layout.units, choices, strict=True):
+                progress(self._build_unit(unit, schemes, parameters))
+                for site in unit.stored:
+                    del parameters[site.parameter]
+            self._write(self._rest_path(), {n: _as(t, self.dtype) for n, t in parameters.items()})
+        except (OSError, SafetensorError) as error:
+            raise BankError(
+                f"can't write the bank to '{self.folder}' ({error}); what is complete stays: "
+                "free some space or set BITFRONT_CACHE, then run the same command again"
+            ) from error
+
+    def tensors(self, unit: Unit, scheme: Scheme) -> Tensors:
+        """The unit's parameters as `scheme` stores them, without copying."""
+        return self._read(self._path(unit, scheme))
+
+    def reference(self, unit: Unit) -> Tensors:
+        """The unit's unquantized parameters."""
+        return self._read(self._path(unit, REFERENCE))
+
+    def rest(self) -> Tensors:
+        """All parameters and persistent buffers outside units."""
+        return self._read(self._rest_path())
+
+    def _build_unit(self, unit: Unit, schemes: Sequence[Scheme], parameters: Tensors) -> int:
+        written = 0
+        for scheme in (REFERENCE, *schemes):
+            path = self._path(unit, scheme)
+            if path.exists():
+                continue
+            self._write(path, {
+                site.parameter: self._render(parameters[site.parameter], site, scheme)
+                for site in unit.stored
+            })
+            written += 1
+        return written
+
+    def _render(self, weight: Tensor, site: Site, scheme: Scheme | str) -> Tensor:
+        if isinstance(scheme, str) or scheme.weight == self._exact_format():
+            return _as(weight, self.dtype)
+        weight = weight.mT if site.transposed else weight
+        try:
+            values = self.quantizer.quantize(weight, FORMATS[scheme.weight]).dequantize()
+        except QuantizationError as error:
+            raise QuantizationError(f"{site.name} in {scheme.name}: {error}") from error
+        return _as(values.mT if site.transposed else values, self.dtype)
+
+    def _exact_format(self) -> str | None:
+        """The format that the arithmetic type itself is, so that its file is the reference."""
+        return FULL_PRECISION if self.dtype == torch.bfloat16 else None
+
+    def _path(self, unit: Unit, scheme: Scheme | str) -> Path:
+        name = scheme if isinstance(scheme, str) else scheme.name
+        if name == self._exact_format():
+            name = REFERENCE
+        members = "|".join(site.parameter for site in unit.sites)
+        return self.folder / f"{_short(members)}-{name.replace('/', '_')}.safetensors"
+
+    def _rest_path(self) -> Path:
+        units = "|".join(site.parameter for unit in self.layout.units for site in unit.sites)
+        return self.folder / f"rest-{_short(units)}.safetensors"
+
+    def _entries(self, choices: Choices) -> list[tuple[Unit, Scheme | str]]:
+        return [
+            (unit, scheme)
+            for unit, schemes in zip(self.layout.units, choices, strict=True)
+            for scheme in (REFERENCE, *schemes)
+        ]
+
+    def _check_space(self, choices: Choices) -> None:
+        """Refuse before the first byte what the disk can't hold."""
+        missing = set(self.missing(choices))
+        files = {self._path(unit, scheme): unit.numel for unit, scheme in self._entries(choices)}
+        needed = sum(numel * self.dtype.itemsize for path, numel in files.items() if path in missing)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(f"it needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free")
+
+    def _write(self, path: Path, tensors: Tensors) -> None:
+        descriptor, work = tempfile.mkstemp(dir=self.folder, prefix="writing-")
+        os.close(descriptor)
+        try:
+            save_file(tensors, work)
+            os.replace(work, path)
+        finally:
+            Path(work).unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> Tensors:
+        if path not in self._maps:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._maps[path] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except Exception as error:  # safetensors raises its own type for damaged files
+                raise BankError(
+                    f"can't read '{path}' ({error}); remove it and run the same command again"
+                ) from error
+        return self._maps[path]
+
+
+def _parameters(model: Any) -> Tensors:
+    """Parameters and persistent buffers, tied ones once under their first name."""
+    unique = {name for name, _ in model.named_parameters()}
+    named = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name in unique or name not in named
+    }
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

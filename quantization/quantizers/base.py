@@ -1,0 +1,55 @@
+"""The contract of a quantizer: the algorithm that puts a tensor into a format."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quantization.errors import QuantizationError
+from quantization.formats import Format, Grid, Packed
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A tensor in a format, not yet packed: codes (... x rows x columns) and their grid."""
+
+    format: Format
+    codes: Tensor
+    grid: Grid
+
+    def dequantize(self) -> Tensor:
+        """The float32 values that the codes stand for."""
+        return self.format.decode(self.codes, self.grid)
+
+    def pack(self) -> Packed:
+        """The bytes that a file would hold."""
+        return self.format.pack(self.codes, self.grid)
+
+
+class Quantizer(ABC):
+    """Puts tensors into formats. Stateless; `identity` enters the key of every measurement."""
+
+    name: str
+
+    @property
+    def identity(self) -> str:
+        """Name and every setting that changes the result, calibration statistics' hash included."""
+        return self.name
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, format: Format) -> Quantized:
+        """Quantize `weight` (float, ... x rows x columns); the argument isn't changed.
+
+        Raises:
+            QuantizationError: NaN or infinity in the weight, or a range the format can't hold.
+        """
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise `QuantizationError` if the weight holds NaN or infinity."""
+    bad = int((~weight.isfinite()).sum())
+    if bad:
+        raise QuantizationError(
+            f"{bad} of {weight.numel()} weights are NaN or infinite; "
+            "check the checkpoint, or keep this layer in bf16"
+        )

@@ -1,0 +1,19 @@
+"""Round to nearest: scales from each group's extremes, each value to its nearest code."""
+
+from torch import Tensor
+
+from quantization.formats import Format
+from quantization.quantizers.base import Quantized, Quantizer, check_finite
+
+
+class RoundToNearest(Quantizer):
+    """The baseline that needs no data. Template for a quantizer."""
+
+    name = "rtn"
+
+    def quantize(self, weight: Tensor, format: Format) -> Quantized:
+        """See `Quantizer.quantize`."""
+        check_finite(weight)
+        weight = weight.float()
+        grid = format.fit(weight)
+        return Quantized(format, format.encode(weight, grid), grid)

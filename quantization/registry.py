@@ -1,0 +1,39 @@
+"""Registries: a name, what it stands for, and the nearest names when somebody mistypes one."""
+
+import difflib
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from quantization.errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """An ordered table of names.
+
+    Args:
+        kind: what the names stand for, in the singular; error messages use it.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> None:
+        """Register `entry`; a second registration of a name is a programming error."""
+        if name in self._entries:
+            raise ValueError(f"{self.kind} '{name}' is registered twice")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> T:
+        """Return the entry; raises `UnknownNameError` with the nearest names."""
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.4)
+            choices = near or list(self._entries)[:8]
+            hint = "nearest" if near else "known"
+            raise UnknownNameError(f"unknown {self.kind} '{name}'; {hint}: {', '.join(choices)}")
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)

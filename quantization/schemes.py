@@ -1,0 +1,39 @@
+"""Schemes: what is chosen for a unit, and the menus that a search chooses from."""
+
+from dataclasses import dataclass
+
+from quantization.errors import UnknownNameError
+
+FULL_PRECISION = "bf16"
+
+
+@dataclass(frozen=True, order=True)
+class Scheme:
+    """A weight format with an activation format, both by name."""
+
+    weight: str
+    activation: str = FULL_PRECISION
+
+    @property
+    def name(self) -> str:
+        """`int4-g32`, or `int8-channel/int8-token` when activations are quantized too."""
+        if self.activation == FULL_PRECISION:
+            return self.weight
+        return f"{self.weight}/{self.activation}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Scheme":
+        """Undo `name`; raises `UnknownNameError` for formats that don't exist."""
+        from quantization.formats import FORMATS  # torch: only once a format is really needed
+
+        weight, _, activation = name.partition("/")
+        if activation not in ("", FULL_PRECISION):
+            raise UnknownNameError(
+                f"unknown activation format '{activation}' in '{name}'; known: {FULL_PRECISION}"
+            )
+        FORMATS[weight]
+        return cls(weight)
+
+    def to_json(self) -> dict[str, str]:
+        """The form that precision maps write."""
+        return {"weight": self.weight, "activation": self.activation}

@@ -47,6 +47,10 @@ class AssembledModel:
                 )
             self._current[i] = scheme
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of that name in the state dict."""
+        return self._parameters[name]
+
     def hidden(self, ids: Tensor) -> Tensor:
         """Final hidden states (batch x tokens x width) of token ids (batch x tokens)."""
         states = self.module.base_model(input_ids=ids.to(self.device), use_cache=False)

@@ -1,0 +1,100 @@
+"""Output error: how far a layer's output moves, from the second moment of its inputs.
+
+    score = E || x dW^T ||^2 = tr( dW H dW^T ),   H = E[ x^T x ]
+
+One forward pass gives H, and every scheme is then a product with H instead of another pass (the
+Hessian of GPTQ, arXiv 2210.17323, up to a factor of two). Blind to what the rest of the model
+makes of the output, so comparable within a layer rather than between layers.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evaluation.assembly import AssembledModel
+from quantization.schemes import Scheme
+from quantization.units import Site, Unit
+from sensitivity.base import (
+    Estimator,
+    RawTable,
+    Share,
+    add_scores,
+    empty_table,
+    site_error,
+    split,
+)
+from sensitivity.tap import Tap
+
+TASKS = 4  # a task holds the second moments of its own units only
+
+
+class OutputError(Estimator):
+    """Squared output error of each unit. Template for an estimator."""
+
+    name = "output-error"
+    unit = "squared output error per token"
+
+    def shares(self, units: int, chunks: int) -> list[Share]:
+        """All chunks for a range of units: H must be whole before it is multiplied."""
+        return [Share(part, (0, chunks)) for part in split(units, TASKS)]
+
+    def score(
+        self,
+        model: AssembledModel,
+        chunks: NDArray[np.int64],
+        choices: Sequence[Sequence[Scheme]],
+        share: Share,
+    ) -> RawTable:
+        """See `Estimator.score`."""
+        table = empty_table(choices)
+        part = range(*share.units)
+        units = model.bank.layout.units
+        watched = [site for u in part if units[u].kind in ("linear", "experts")
+                   for site in units[u].sites]
+        moments = SecondMoments()
+        model.assign(None)
+        with torch.inference_mode():
+            with Tap(model, watched, moments.add):
+                for ids in chunks[slice(*share.chunks)]:
+                    model.hidden(torch.from_numpy(ids)[None])
+            for u in part:
+                table.tokens[u] = chunks[slice(*share.chunks)].size
+                add_scores(table, u, choices, lambda s, u=u: moments.error(model, units[u], s))
+        return table
+
+
+class SecondMoments:
+    """Sums of x^T x by site and expert; sites that read the same tensor share one matrix."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._latest: tuple[Tensor, Tensor] | None = None
+
+    def add(self, site: Site, expert: int, inputs: Tensor) -> None:
+        """Add a product's inputs (... x columns)."""
+        key = site.name, expert
+        if self._latest is not None and self._latest[0] is inputs:
+            self._sums[key] = self._latest[1]  # q, k and v: counted when the first one was
+            return
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        if key not in self._sums:
+            self._sums[key] = x.new_zeros(x.shape[1], x.shape[1])
+        self._sums[key].addmm_(x.T, x)
+        self._latest = inputs, self._sums[key]
+
+    def error(self, model: AssembledModel, unit: Unit, scheme: Scheme) -> float:
+        """tr(dW H dW^T) summed over a unit's sites and experts; 0 for a lookup (embedding)."""
+        total = 0.0
+        for site in unit.stored:
+            error = site_error(model.bank, unit, scheme, site)
+            error = error.mT if site.transposed else error
+            experts = error if error.dim() == 3 else error[None]
+            for expert, dw in enumerate(experts):
+                moment = self._sums.get((site.name, expert))
+                if moment is not None:  # an expert that no token reached
+                    dw = dw.to(moment.device)
+                    total += float(torch.sum((dw @ moment) * dw, dtype=torch.float64))
+        return total

@@ -1,0 +1,53 @@
+"""A tap on matrix products: what each site of a model reads, experts and all, without hooks."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from evaluation.assembly import AssembledModel
+from quantization.units import Site
+
+WEIGHT_ARGUMENT: dict[Any, int] = {
+    torch.nn.functional.linear: 1,
+    torch.matmul: 1,
+    torch.Tensor.matmul: 1,
+    torch.Tensor.__matmul__: 1,
+    torch.addmm: 2,
+}
+"""Where a product's weight stands among its arguments; its input is the argument before."""
+
+Visit = Callable[[Site, int, Tensor], None]
+"""Called with the site, the expert's index (0 for a plain linear) and the input."""
+
+
+class Tap(TorchFunctionMode):
+    """Calls `visit` for every product with a weight of the given sites.
+
+    Weights are recognised by their address, which finds packed experts as well: eager expert
+    code multiplies with a slice of the 3-D parameter.
+    """
+
+    def __init__(self, model: AssembledModel, sites: Iterable[Site], visit: Visit) -> None:
+        super().__init__()
+        self._visit = visit
+        self._sites: dict[int, tuple[Site, int]] = {}
+        for site in sites:
+            parameter = model.parameter(site.parameter)
+            experts = site.shape[0] if len(site.shape) == 3 else 1
+            stride = parameter.numel() // experts * parameter.element_size()
+            for expert in range(experts):
+                self._sites[parameter.data_ptr() + expert * stride] = site, expert
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run the function; look at its operands if it is a matrix product."""
+        position = WEIGHT_ARGUMENT.get(function)
+        if position is not None and len(args) > position:
+            found = self._sites.get(args[position].data_ptr())
+            if found:
+                self._visit(*found, args[position - 1])
+        return function(*args, **(kwargs or {}))

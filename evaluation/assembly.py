@@ -51,11 +51,6 @@ class AssembledModel:
         """The parameter of that name in the state dict."""
         return self._parameters[name]
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Final hidden states (batch x tokens x width) of token ids (batch x tokens)."""
-        states = self.module.base_model(input_ids=ids.to(self.device), use_cache=False)
-        return states.last_hidden_state
-
     def _placed(self, name: str, scheme: str, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":
             return tensor

@@ -38,32 +38,43 @@ class Head:
     """What turns a model's final hidden states into logits, caps and scales included.
 
     Runs the model's own forward pass with its body replaced by given hidden states, so that
-    nothing needs to be known of the head. Whether it is linear is found by trying.
+    nothing needs to be known of the head; whether it is linear is found by trying. Build it while
+    the reference is assigned: `weight` stays the reference's.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.weight: Tensor = model.get_output_embeddings().weight
+        self._parameter = model.get_output_embeddings().weight
+        self.weight: Tensor = self._parameter.data
         self.scale = self._linear_scale()
 
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits (N x V) in the model's arithmetic type."""
+    @property
+    def assigned_weight(self) -> Tensor:
+        """The head's weight as the model holds it now: the candidate's, if that changes it."""
+        weight: Tensor = self._parameter.data
+        return weight
+
+    def logits(self, hidden_NH: Tensor, weight: Tensor) -> Tensor:
+        """Logits (N x V) in the model's arithmetic type, with the given head weight."""
         if self.scale == 1.0:
-            return hidden_NH @ self.weight.T
+            return hidden_NH @ weight.T
         body = self._model.base_model
-        original = body.forward
+        original, assigned = body.forward, self._parameter.data
         body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden_NH[None])
+        self._parameter.data = weight
         try:
             ids = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
             logits: Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
             return logits
         finally:
-            body.forward = original
+            body.forward, self._parameter.data = original, assigned
 
-    def difference(self, p_NH: Tensor, q_NH: Tensor, p_logits_NV: Tensor) -> Tensor:
+    def difference(
+        self, p_NH: Tensor, q_NH: Tensor, p_logits_NV: Tensor, q_weight: Tensor
+    ) -> Tensor:
         """Logits of q less those of p (N x V, float32)."""
-        if self.scale is None:
-            return self.logits(q_NH).float() - p_logits_NV
+        if self.scale is None or q_weight.data_ptr() != self.weight.data_ptr():
+            return self.logits(q_NH, q_weight).float() - p_logits_NV
         d = ((q_NH.float() - p_NH.float()).to(self.weight.dtype) @ self.weight.T).float()
         return d if self.scale == 1.0 else d * self.scale
 
@@ -75,7 +86,7 @@ class Head:
         probe = probe.to(self.weight)
         with torch.inference_mode():
             plain = (probe @ self.weight.T).float()
-            actual = self.logits(probe).float()
+            actual = self.logits(probe, self.weight).float()
         scale = float((plain * actual).sum() / (plain * plain).sum())
         error = float((actual - scale * plain).abs().max() / actual.abs().max())
         if error > 0.02 or not error == error:
@@ -84,29 +95,33 @@ class Head:
 
 
 @torch.inference_mode()
-def divergence(head: Head, p_TH: Tensor, q_TH: Tensor, targets_T: Tensor) -> Loss:
+def divergence(
+    head: Head, p_TH: Tensor, q_TH: Tensor, targets_T: Tensor, q_weight: Tensor | None = None
+) -> Loss:
     """KL(p || q) and the candidate's negative log-likelihood, summed over T tokens.
 
     Args:
         p_TH: hidden states of the reference, tokens x width.
         q_TH: hidden states of the candidate, tokens x width.
         targets_T: the token that follows each position.
+        q_weight: the candidate's head, if it isn't the reference's.
     """
+    q_weight = head.weight if q_weight is None else q_weight
     block = max(1, BLOCK_BYTES // (4 * head.weight.shape[0]))
     kl = nll = 0.0
     for start in range(0, len(p_TH), block):
         part = slice(start, start + block)
-        kl_N, nll_N = _block(head, p_TH[part], q_TH[part], targets_T[part])
+        kl_N, nll_N = _block(head, p_TH[part], q_TH[part], targets_T[part], q_weight)
         kl += kl_N.double().sum().item()
         nll += nll_N.double().sum().item()
     return Loss(kl, nll, len(p_TH))
 
 
 def _block(
-    head: Head, p_NH: Tensor, q_NH: Tensor, targets_N: Tensor
+    head: Head, p_NH: Tensor, q_NH: Tensor, targets_N: Tensor, q_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    z_NV = head.logits(p_NH).float()
-    d_NV = head.difference(p_NH, q_NH, z_NV)
+    z_NV = head.logits(p_NH, head.weight).float()
+    d_NV = head.difference(p_NH, q_NH, z_NV, q_weight)
     z_NV -= z_NV.amax(-1, keepdim=True)
     q_target_N = (z_NV.gather(-1, targets_N[:, None]) + d_NV.gather(-1, targets_N[:, None]))[:, 0]
     shift_N = d_NV.amax(-1, keepdim=True)  # exp(d - shift) can't overflow

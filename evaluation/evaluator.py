@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,9 +64,9 @@ class Evaluator:
         """
         p_TH = self.reference(ids)
         start = time.perf_counter()
-        q_TH = p_TH if schemes is None else self._hidden(schemes, ids)
-        targets = torch.from_numpy(ids[1:]).to(self.model.device)
-        loss = divergence(self.head, p_TH[:-1], q_TH[:-1], targets)
+        self.model.assign(schemes)
+        q_TH = p_TH if schemes is None else self.hidden(self.model.module, ids)
+        loss = self.compare(p_TH, q_TH, ids, self.head.assigned_weight)
         if not np.isfinite([loss.kl_sum, loss.nll_sum]).all():
             raise MeasurementError(
                 "NaN or infinity in the logits of "
@@ -76,13 +77,19 @@ class Evaluator:
             loss.kl_sum, loss.nll_sum, loss.tokens, time.perf_counter() - start
         )
 
+    def compare(self, p_TH: Tensor, q_TH: Tensor, ids: Ids, q_weight: Tensor) -> Loss:
+        """The loss of final hidden states `q_TH` (and a head) on a chunk."""
+        targets = torch.from_numpy(ids[1:]).to(self.model.device)
+        return divergence(self.head, p_TH[:-1], q_TH[:-1], targets, q_weight)
+
     def reference(self, ids: Ids) -> Tensor:
         """Final hidden states of the unquantized model on a chunk (tokens x width)."""
         key = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
         if key not in self._states:
             path = self._folder / f"{key}.safetensors"
             if not path.exists():
-                states = self._hidden(None, ids)
+                self.model.assign(None)
+                states = self.hidden(self.model.module, ids)
                 if not bool(states.isfinite().all()):
                     raise MeasurementError(
                         "NaN or infinity in the unquantized model's hidden states in "
@@ -101,18 +108,17 @@ class Evaluator:
         if self.bank.dtype == torch.float32:
             return None
         exact = load_model(self.bank.checkpoint, torch.float32).to(self.model.device)
-        with torch.inference_mode():
-            batch = torch.from_numpy(ids)[None].to(self.model.device)
-            p_TH = exact.base_model(input_ids=batch, use_cache=False).last_hidden_state[0]
-            loss: Loss = divergence(
-                Head(exact), p_TH[:-1], self.reference(ids)[:-1].float(), batch[0, 1:]
-            )
+        p_TH, q_TH = self.hidden(exact, ids), self.reference(ids).float()
+        targets = torch.from_numpy(ids[1:]).to(self.model.device)
+        loss = divergence(Head(exact), p_TH[:-1], q_TH[:-1], targets)
         return loss.kl_sum / loss.tokens
 
-    def _hidden(self, schemes: Sequence[Scheme] | None, ids: Ids) -> Tensor:
-        self.model.assign(schemes)
+    def hidden(self, module: Any, ids: Ids) -> Tensor:
+        """Final hidden states (tokens x width) of any model of this architecture on a chunk."""
         with torch.inference_mode():
-            return self.model.hidden(torch.from_numpy(ids)[None])[0]
+            batch = torch.from_numpy(ids)[None].to(self.model.device)
+            states: Tensor = module.base_model(input_ids=batch, use_cache=False).last_hidden_state
+            return states[0]
 
 
 def _write(path: Path, states: Tensor) -> None:

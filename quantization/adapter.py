@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ModelError
-from quantization.units import Kept, Layout, Site, Unit, UnitKind, unit_name
+from quantization.units import CacheLayer, Kept, Layout, Site, Unit, UnitKind, unit_name
 
 TRACED_TOKENS = 8
 ROUTER = "routes tokens to experts"
@@ -88,12 +88,13 @@ def find_units(model: nn.Module) -> Layout:
         if name not in placed and p.dim() > 1
     )
     total = sum(p.numel() for p in model.parameters())
-    return Layout(units, kept, total - sum(unit.numel for unit in units))
+    return Layout(units, kept, total - sum(unit.numel for unit in units), trace.cache)
 
 
 @dataclass
 class _Trace:
     inputs: dict[str, int]
+    cache: tuple[CacheLayer, ...]
     failure: str | None
 
 
@@ -114,18 +115,31 @@ def _trace(model: nn.Module, experts: list[nn.Module]) -> _Trace:
             module.register_forward_pre_hook(watch(path))
     for module in experts:  # their loops depend on data, which fake tensors don't have
         module.forward = lambda hidden, *_, **__: torch.empty_like(hidden)
-    failure = None
+    failure, cache = None, ()
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it prints a traceback; the reason below is enough
     try:
         with torch.no_grad():
-            model(torch.zeros(1, TRACED_TOKENS, dtype=torch.long), use_cache=False)
+            outputs = model(torch.zeros(1, TRACED_TOKENS, dtype=torch.long), use_cache=True)
+            cache = _cache_layers(outputs)
     except Exception as error:  # any model code may fail on fake tensors; what was seen stands
         failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
     finally:
         logger.setLevel(level)
-    return _Trace(inputs, failure)
+    return _Trace(inputs, cache, failure)
+
+
+def _cache_layers(outputs: Any) -> tuple[CacheLayer, ...]:
+    """What each layer kept of the traced tokens; layers without keys keep a fixed state."""
+    layers = getattr(getattr(outputs, "past_key_values", None), "layers", [])
+    found = []
+    for layer in layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
+            elements = (keys.numel() + values.numel()) // keys.shape[-2]
+            found.append(CacheLayer(elements, getattr(layer, "sliding_window", None)))
+    return tuple(found)
 
 
 def _is_packed_experts(module: nn.Module) -> bool:

@@ -68,6 +68,19 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class CacheLayer:
+    """What one layer keeps of the past.
+
+    Args:
+        elements: numbers a token (keys and values).
+        window: how many tokens are kept; None for all.
+    """
+
+    elements: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
     """A model's units and everything else that it stores.
 
@@ -75,11 +88,13 @@ class Layout:
         units: in the order of the forward pass, embedding first, head last (unless tied).
         kept: layers that weren't placed, by name and reason.
         other_numel: parameters outside units: norms, biases, `kept`; stored in bf16.
+        cache: the layers' KV caches; empty if the model could not be traced.
     """
 
     units: tuple[Unit, ...]
     kept: tuple[Kept, ...]
     other_numel: int
+    cache: tuple[CacheLayer, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the store; `from_json` undoes it."""
@@ -102,6 +117,7 @@ class Layout:
             ),
             kept=tuple(Kept(**kept) for kept in data["kept"]),
             other_numel=data["other_numel"],
+            cache=tuple(CacheLayer(**layer) for layer in data["cache"]),
         )
 
 

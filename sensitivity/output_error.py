@@ -59,7 +59,9 @@ class OutputError(Estimator):
         with torch.inference_mode():
             with Tap(model, watched, moments.add):
                 for ids in chunks[slice(*share.chunks)]:
-                    model.hidden(torch.from_numpy(ids)[None])
+                    model.module.base_model(
+                        input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False
+                    )
             for u in part:
                 table.tokens[u] = chunks[slice(*share.chunks)].size
                 add_scores(table, u, choices, lambda s, u=u: moments.error(model, units[u], s))

@@ -1,0 +1,1 @@
+"""The product: job configuration, the pipeline that runs a job, and its faces."""

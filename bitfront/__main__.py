@@ -1,0 +1,5 @@
+"""`python -m bitfront`."""
+
+from bitfront.cli import main
+
+main()

@@ -1,0 +1,263 @@
+"""The command line. Results go to stdout, everything else to stderr; heavy imports wait inside."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantization.errors import BitfrontError
+from search.errors import SearchError
+from store.errors import StoreError
+
+app = typer.Typer(
+    name="bitfront",
+    help="Hardware-aware bit-allocation search: measured Pareto fronts of precision maps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+database = typer.Typer(help="The store's schema.", no_args_is_help=True)
+app.add_typer(database, name="db")
+
+JobArgument = Annotated[int | None, typer.Argument(metavar="[JOB]", help="Default: the latest.")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", metavar="URL", help="SQLAlchemy URL. Default: $BITFRONT_STORE."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def search(
+    model: Annotated[
+        str, typer.Argument(help="Hub id, folder, .gguf file, or 'demo' for SmolLM2-135M.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="A job's YAML; flags overrule it.")
+    ] = None,
+    menu: Annotated[
+        str | None,
+        typer.Option(help="A shipped menu, a YAML file, or schemes: int4-g64,int8-g64."),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Budgets as average bits, scales included: 3.5,4.25. Default: a sweep."),
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Budgets as weight bytes of the model: 80MB,100MB.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="One source for all three texts: a file, or datasets:ID:CONFIG:SPLIT."),
+    ] = None,
+    calibration_text: Annotated[str | None, typer.Option(help="Source of one text.")] = None,
+    search_text: Annotated[str | None, typer.Option(help="Source of one text.")] = None,
+    heldout_text: Annotated[str | None, typer.Option(help="Source of one text.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model folder's own code.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Arithmetic: auto, bfloat16 or float32.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random controls.")] = None,
+    address: Annotated[
+        str, typer.Option(help="Ray cluster's address; 'local' starts one, 'none' uses no Ray.")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="How many model replicas.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print units, menu, sizes and measurements only.")
+    ] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search precision maps for MODEL, measure them, keep the front. Run again to resume."""
+    from bitfront.config import load_config
+    from bitfront.searching import dry_run as print_plan
+    from bitfront.searching import run
+
+    sources = {"calibration": calibration_text, "search": search_text, "heldout": heldout_text}
+    overrides: dict[str, Any] = {
+        "menu": menu,
+        "budgets": _numbers(bits),
+        "budgets_bytes": _sizes(max_size),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code or None,
+        "dtype": dtype,
+        "seed": seed,
+        **{f"texts.{role}.source": source or text for role, source in sources.items()},
+    }
+    job = load_config(model, config, overrides)
+    if dry_run:
+        print_plan(job, as_json)
+    else:
+        run(job, _open(store), address, workers, as_json)
+
+
+@app.command()
+def front(
+    job: JobArgument = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a self-contained page: front and heat map.")
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the measured Pareto front of JOB, its controls and what they tell."""
+    from bitfront.console import errors, front_table, print_json, print_table
+    from bitfront.fronts import load_front
+    from store.queries import find_job
+
+    opened = _open(store)
+    found = load_front(opened, find_job(opened, job))
+    if html:
+        from bitfront.report import write_report
+
+        write_report(found, html)
+        errors.print(f"wrote {html}", highlight=False)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_table(front_table(found))
+        for finding in found.findings:
+            errors.print(finding, highlight=False)
+
+
+@app.command()
+def query(
+    job: JobArgument = None,
+    max_size: Annotated[str | None, typer.Option(help="Weight bytes: 100MB, 1.5GiB.")] = None,
+    max_bits: Annotated[float | None, typer.Option(help="Average bits.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Nats per token; then the smallest map is best.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Weights and KV cache of the workload: 2GiB.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens kept for each.")] = 4096,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the best measured map of JOB under constraints."""
+    from bitfront.querying import run_query
+
+    limits = {
+        "weight_bytes": max_size and _bytes(max_size),
+        "average_bits": max_bits,
+        "kl": max_kl,
+        "memory_bytes": max_memory and _bytes(max_memory),
+    }
+    run_query(_open(store), job, limits, batch, context, as_json)
+
+
+@app.command()
+def export(
+    point: Annotated[int, typer.Option(help="A point's number, as `front` shows it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    job: JobArgument = None,
+    to: Annotated[str, typer.Option(help="map, or safetensors.")] = "map",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder in use.")] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a point of JOB for a target, reload it with the target's loader, and compare."""
+    from bitfront.console import print_json
+    from bitfront.exporting import export_point
+    from bitfront.fronts import load_front
+    from bitfront.sizes import show_bytes
+    from store.queries import find_job
+
+    opened = _open(store)
+    found = load_front(opened, find_job(opened, job))
+    written = export_point(opened, found, point, to, output, force)
+    if as_json:
+        print_json(written)
+        return
+    for name, size in written["files"].items():
+        typer.echo(f"{Path(written['folder']) / name}  {show_bytes(size)}")
+    if "reloaded_kl" in written:
+        typer.echo(
+            f"reloaded: KL {written['reloaded_kl']:.5f} nats per token on {written['chunks']} "
+            f"held-out chunks, {written['measured_kl']:.5f} when it was measured"
+        )
+
+
+@app.command()
+def jobs(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """List the jobs of the store, newest first."""
+    from bitfront.querying import show_jobs
+
+    show_jobs(_open(store), as_json)
+
+
+@app.command()
+def formats(
+    shape: Annotated[
+        str, typer.Option(help="ROWSxCOLUMNS of a weight, outputs x inputs.")
+    ] = "4096x4096",
+    as_json: JsonOption = False,
+) -> None:
+    """List the weight formats with their exact bytes for a shape."""
+    from bitfront.querying import show_formats
+
+    show_formats(shape, as_json)
+
+
+@database.command("upgrade")
+def upgrade(store: StoreOption = None) -> None:
+    """Bring the store's schema up to date."""
+    from store.database import Store, default_url
+
+    opened = Store(store or default_url())
+    before = opened.version()
+    opened.upgrade()
+    typer.echo(f"schema {before or 'empty'} -> {opened.version()}")
+
+
+def _open(url: str | None) -> Any:
+    from store.database import Store, default_url
+
+    return Store(url or default_url()).open()
+
+
+def _bytes(text: str) -> int:
+    from bitfront.sizes import parse_bytes
+
+    return parse_bytes(text)
+
+
+def _sizes(text: str | None) -> list[int] | None:
+    return [_bytes(part) for part in text.split(",")] if text else None
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise BitfrontError(f"'{text}' is not a list of numbers such as 3.5,4.25") from None
+
+
+def main() -> None:
+    """The command `bitfront`: errors become one line and exit status 1."""
+    _keep_stdout_for_results()
+    try:
+        app()
+    except (BitfrontError, SearchError, StoreError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to go on\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+
+
+def _keep_stdout_for_results() -> None:
+    """C libraries (HiGHS) print to descriptor 1 when they like; send that to stderr."""
+    results = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(results, "w", encoding="utf-8", closefd=True)

@@ -1,0 +1,150 @@
+"""Job configuration: a YAML preset, a user's file over it, command-line flags over both."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quantization.errors import BitfrontError
+from quantization.registry import Registry
+
+DEMO = "demo"
+
+
+class ConfigError(BitfrontError):
+    """A configuration that doesn't say what it should, with the field and what is expected."""
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Menu(_Closed):
+    """What the search chooses from.
+
+    Args:
+        schemes: scheme names, in any order.
+        pinned: unit kind (`embedding`, `head`, `experts`, `linear`) or a pattern of site names
+            (`*.layers.0.*`) to the one scheme that those units get.
+    """
+
+    schemes: tuple[str, ...] = Field(min_length=1)
+    pinned: dict[str, str] = Field(default_factory=dict)
+
+
+class TextConfig(_Closed):
+    """A text: `python-docs`, a file, or `datasets:ID:CONFIG:SPLIT:COLUMN`; chunks x length."""
+
+    source: str
+    chunks: int = Field(ge=1)
+    length: int = Field(ge=2)
+
+
+class Texts(_Closed):
+    """Three texts for three purposes; a source named twice is divided between them."""
+
+    calibration: TextConfig
+    search: TextConfig
+    heldout: TextConfig
+
+
+class JobConfig(_Closed):
+    """Everything that determines a job's result.
+
+    Args:
+        budgets: average bits over the quantizable weights, scales and padding included; by
+            default those of the menu's uniform maps and the middles between them.
+        budgets_bytes: upper bounds on the model's weight bytes, beside `budgets`.
+        dtype: arithmetic of the measurements: auto, bfloat16 or float32.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    menu: Menu
+    quantizer: str
+    estimators: tuple[str, ...] = Field(min_length=1)
+    texts: Texts
+    budgets: tuple[float, ...] = ()
+    budgets_bytes: tuple[int, ...] = ()
+    random_controls: int = Field(ge=0)
+    seed: int = 0
+    dtype: str = "auto"
+
+
+def load_config(model: str, file: Path | None, overrides: dict[str, Any]) -> JobConfig:
+    """The configuration of a job.
+
+    Args:
+        file: a YAML file whose fields replace the preset's.
+        overrides: fields given on the command line; dots go into nested ones
+            (`texts.search.source`), None is skipped.
+
+    Raises:
+        ConfigError: an unknown field or a wrong value, with the file's name.
+    """
+    data = _preset("jobs", DEMO if model == DEMO else "default")
+    if file:
+        data = _merge(data, _read_yaml(file))
+    for path, value in overrides.items():
+        if value is not None:
+            data = _merge(data, _nested(path, value))
+    if isinstance(data.get("menu"), str):
+        data["menu"] = _menu(data["menu"])
+    try:
+        return JobConfig.model_validate({"model": model, **data})
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file)) from error
+
+
+def _menu(name: str) -> dict[str, Any]:
+    """A shipped menu, a YAML file's, or a comma-separated list of schemes."""
+    if name.endswith((".yaml", ".yml")):
+        return _read_yaml(Path(name))
+    known: Registry[None] = Registry("menu")
+    for entry in files("configs").joinpath("menus").iterdir():
+        known.add(entry.name.removesuffix(".yaml"), None)
+    if name in known:
+        return _preset("menus", name)
+    schemes = [part.strip() for part in name.split(",") if part.strip()]
+    return {"schemes": schemes, "pinned": {"embedding": "bf16", "head": "bf16"}}
+
+
+def _preset(kind: str, name: str) -> dict[str, Any]:
+    text = files("configs").joinpath(kind, f"{name}.yaml").read_text()
+    data: dict[str, Any] = yaml.safe_load(text)
+    return data
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read '{path}': {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{path}' should hold fields such as 'menu: int-sym-g32'")
+    return data
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    head, _, tail = path.partition(".")
+    return {head: _nested(tail, value) if tail else value}
+
+
+def _explain(error: ValidationError, file: Path | None) -> str:
+    problems = "; ".join(
+        f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        + (f" (got {problem['input']!r})" if problem["type"] != "missing" else "")
+        for problem in error.errors()
+    )
+    return f"the job's configuration{f' (with {file})' if file else ''} is wrong: {problems}"

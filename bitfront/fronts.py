@@ -1,0 +1,217 @@
+"""Fronts from the store: points with their intervals, what dominates what, and plain words.
+
+No torch, no ray, no SciPy: `front`, `query` and `jobs` answer at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import exp, inf
+from typing import Any
+
+import numpy as np
+
+from search.front import non_dominated
+from search.statistics import Interval, mean_interval, paired_difference
+from store.database import Store
+from store.queries import QualityKey, candidates_of, find_model, key_of, measurements
+from store.tables import Candidate, Job, Measurement, Model
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured candidate, in the pinned form of `bitfront front --json`."""
+
+    id: int
+    average_bits: float
+    weight_bytes: int
+    kl: float
+    kl_low: float
+    kl_high: float
+    perplexity: float
+    search_kl: float | None
+    predicted_kl: float | None
+    control: str | None
+    on_front: bool
+    map_hash: str
+
+
+@dataclass(frozen=True)
+class Front:
+    """A job's measured points by rising bytes, and what else a report shows.
+
+    Args:
+        reference_perplexity: the unquantized model's on the held-out text.
+        findings: sentences on how the front compares with its controls.
+    """
+
+    job: Job
+    model: Model
+    points: tuple[Point, ...]
+    candidates: dict[int, Candidate]
+    reference_perplexity: float | None
+    findings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The pinned document."""
+        return {
+            "job": self.job.id,
+            "model": self.model.name,
+            "points": [asdict(point) for point in self.points],
+        }
+
+    def point(self, number: int) -> Point | None:
+        """The point with that id."""
+        return next((point for point in self.points if point.id == number), None)
+
+
+@dataclass(frozen=True)
+class MapLoss:
+    """A map's loss on all chunks of a text."""
+
+    kl: Interval
+    perplexity: float
+    kl_sums: np.ndarray
+    tokens: np.ndarray
+
+
+def quality_key(job: Job) -> QualityKey:
+    """What the measurements of a job are keyed by."""
+    return QualityKey(job.weights_hash, job.facts["quantizer"], job.facts["dtype"])
+
+
+def losses(
+    store: Store, quality: QualityKey, candidates: Sequence[Candidate], chunks: Sequence[str]
+) -> dict[str, MapLoss]:
+    """The loss of each candidate that was measured on all of the chunks, by map hash."""
+    return _losses(store, quality, [c.map_hash for c in candidates], chunks)
+
+
+def _losses(
+    store: Store, quality: QualityKey, maps: Sequence[str], chunks: Sequence[str]
+) -> dict[str, MapLoss]:
+    rows = measurements(store, [quality.of(found, chunk) for found in maps for chunk in chunks])
+    result = {}
+    for found in maps:
+        own = [rows.get(quality.of(found, chunk)) for chunk in chunks]
+        if own and all(own):
+            result[found] = _summary([row for row in own if row])
+    return result
+
+
+def _summary(rows: Sequence[Measurement]) -> MapLoss:
+    kl = np.array([row.kl_sum for row in rows])
+    tokens = np.array([float(row.tokens) for row in rows])
+    nll = sum(row.nll_sum for row in rows) / tokens.sum()
+    return MapLoss(mean_interval(kl, tokens), exp(min(nll, 700.0)), kl, tokens)
+
+
+def load_front(store: Store, job: Job) -> Front:
+    """The front of a job as far as it was measured."""
+    candidates = [c for c in candidates_of(store, job.id) if c.finalist]
+    quality, chunks = quality_key(job), job.facts["chunks"]
+    heldout = losses(store, quality, candidates, chunks["heldout"])
+    search = losses(store, quality, candidates, chunks["search"])
+    measured = sorted(
+        (c for c in candidates if c.map_hash in heldout), key=lambda c: (c.weight_bytes, c.point)
+    )
+    on_front = non_dominated(
+        np.array([c.weight_bytes for c in measured]),
+        np.array([heldout[c.map_hash].kl.mean for c in measured]),
+    )
+    points = tuple(
+        _point(c, heldout[c.map_hash], search.get(c.map_hash), bool(is_on))
+        for c, is_on in zip(measured, on_front, strict=True)
+    )
+    reference = key_of("reference", job.weights_hash)
+    unquantized = _losses(store, quality, [reference], chunks["heldout"]).get(reference)
+    return Front(
+        job,
+        find_model(store, job.weights_hash),
+        points,
+        {c.point: c for c in measured},
+        unquantized.perplexity if unquantized else None,
+        tuple(_findings(points, heldout)),
+    )
+
+
+def _point(c: Candidate, loss: MapLoss, search: MapLoss | None, on_front: bool) -> Point:
+    return Point(
+        id=c.point,
+        average_bits=c.average_bits,
+        weight_bytes=c.weight_bytes,
+        kl=loss.kl.mean,
+        kl_low=loss.kl.low,
+        kl_high=loss.kl.high,
+        perplexity=loss.perplexity,
+        search_kl=search.kl.mean if search else None,
+        predicted_kl=c.predicted_kl,
+        control=c.control,
+        on_front=on_front,
+        map_hash=c.map_hash,
+    )
+
+
+def _findings(points: Sequence[Point], heldout: dict[str, MapLoss]) -> list[str]:
+    """How the chosen maps compare with each control of the same bytes, in paired differences."""
+    findings = []
+    for control in (p for p in points if p.control):
+        rivals = [p for p in points if not p.control and p.weight_bytes <= control.weight_bytes]
+        best = min(rivals, key=lambda p: p.kl, default=None)
+        if best is None:
+            continue
+        ours, theirs = heldout[best.map_hash], heldout[control.map_hash]
+        gap = paired_difference(ours.kl_sums, theirs.kl_sums, ours.tokens)
+        name = f"the {control.control} map of {control.average_bits:.3g} bits (point {control.id})"
+        share = f"{best.kl / control.kl - 1:+.0%}" if control.kl > 0 else "n/a"
+        if gap.high < 0:
+            findings.append(f"Point {best.id} loses less than {name}: {share} KL at no more bytes.")
+        elif gap.low > 0:
+            findings.append(
+                f"Point {best.id} LOSES MORE than {name}: {share} KL. The mix is not worth it there."
+            )
+        else:
+            findings.append(
+                f"Point {best.id} and {name} can't be told apart on this text ({share} KL, "
+                f"95 % interval of the difference {gap.low:+.2g} to {gap.high:+.2g})."
+            )
+    return findings
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Upper bounds for a query; memory includes the KV cache of the workload."""
+
+    weight_bytes: float = inf
+    average_bits: float = inf
+    kl: float = inf
+    memory_bytes: float = inf
+
+
+def best_point(
+    front: Front, limits: Constraints, cache_bytes: int
+) -> tuple[Point | None, str | None]:
+    """The point of least KL (then least bytes) within the limits, or why there is none.
+
+    With a limit on the KL the question is turned round: the fewest bytes that stay within it.
+    """
+    if not front.points:
+        return None, f"job {front.job.id} has no measured points yet"
+    checks: list[tuple[str, float, Any]] = [
+        ("weight_bytes", limits.weight_bytes, lambda p: p.weight_bytes),
+        ("average_bits", limits.average_bits, lambda p: p.average_bits),
+        ("kl", limits.kl, lambda p: p.kl),
+        ("memory_bytes", limits.memory_bytes, lambda p: p.weight_bytes + cache_bytes),
+    ]
+    fitting = [p for p in front.points if all(value(p) <= limit for _, limit, value in checks)]
+    if fitting:
+        if limits.kl < inf:
+            return min(fitting, key=lambda p: (p.weight_bytes, p.kl)), None
+        return min(fitting, key=lambda p: (p.kl, p.weight_bytes)), None
+    impossible = [
+        f"{name} <= {limit:,.6g} (the smallest is {least:,.6g})"
+        for name, limit, value in checks
+        if (least := min(value(p) for p in front.points)) > limit
+    ]
+    if impossible:
+        return None, "no measured point has " + " or ".join(impossible)
+    return None, "no measured point meets these constraints together; relax one of them"

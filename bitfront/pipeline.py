@@ -1,0 +1,364 @@
+"""The pipeline of a job: bank, sensitivity, controls, solving, measuring, choosing finalists.
+
+Every result is committed as it arrives and looked up by its key before it is computed, and every
+decision is a deterministic function of results: so a killed job that is started again walks the
+same path, and computes only what is missing.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront.fronts import losses
+from bitfront.plan import Plan
+from bitfront.progress import Progress
+from cost_models import weight_bytes
+from evaluation.texts import Text
+from quantization.errors import BitfrontError, MeasurementError
+from quantization.quantizers import QUANTIZERS
+from search.calibration import Calibration, fit_gain
+from search.controls import random_at, uniform
+from search.exact import sweep
+from search.problem import Problem
+from sensitivity import ESTIMATORS, RawTable, Share, merge
+from store.database import Store
+from store.queries import (
+    QualityKey,
+    find_share,
+    key_of,
+    measurements,
+    open_job,
+    save_candidates,
+    save_measurement,
+    save_model,
+    save_share,
+    update_job,
+)
+from store.tables import Candidate, Job, Measurement, Model, SensitivityShare
+from workers.pool import Pool, Task
+from workers.session import SessionSpec
+
+Choice = NDArray[np.intp]
+OpenPool = Callable[[SessionSpec], Pool]
+
+# rough costs in units of one candidate on one chunk, for the progress bar's estimate only
+BANK_WEIGHT, FISHER_WEIGHT, OUTPUT_ERROR_WEIGHT = 30, 5, 12
+
+
+@dataclass
+class Run:
+    """A job in progress: what the stages share."""
+
+    plan: Plan
+    store: Store
+    pool: Pool
+    progress: Progress
+    job: Job
+
+    @property
+    def quality(self) -> QualityKey:
+        """What all measurements of this job have in common."""
+        return QualityKey(
+            self.plan.checkpoint.weights_hash,
+            QUANTIZERS[self.plan.config.quantizer].identity,
+            self.plan.dtype,
+        )
+
+    @property
+    def reference_hash(self) -> str:
+        """Stands for the unquantized model among the map hashes."""
+        return key_of("reference", self.plan.checkpoint.weights_hash)
+
+
+def run_search(
+    plan: Plan, store: Store, open_pool: OpenPool, progress: Progress, cache: str | None = None
+) -> int:
+    """Run a job to its end, or go on with it; returns its number.
+
+    Raises:
+        BitfrontError: with what was measured safely in the store.
+    """
+    job = _open_job(plan, store)
+    if job.state == "done":
+        return job.id
+    try:
+        with open_pool(_spec(plan, cache)) as pool:
+            _run_stages(Run(plan, store, pool, progress, job))
+    except BitfrontError as error:
+        update_job(store, job.id, state="failed", error=str(error))
+        raise
+    update_job(store, job.id, state="done")
+    return job.id
+
+
+def _run_stages(run: Run) -> None:
+    plan = run.plan
+    config = plan.config
+    with run.progress.stage("quantizing every unit under every scheme", BANK_WEIGHT) as advance:
+        _values(run, [Task("prepare")])
+        advance(BANK_WEIGHT)
+    problems = {name: plan.problem(_raw_table(run, name)) for name in config.estimators}
+    candidates = _propose(run, problems)
+    search = plan.texts["search"]
+    _measure(run, candidates, search, "measuring candidates on the search text")
+    _measure_reference(run)
+    candidates = _calibrate(run, candidates, problems)
+    finalists = _choose_finalists(run, candidates)
+    save_candidates(run.store, candidates)
+    _measure(run, finalists, plan.texts["heldout"], "measuring finalists on held-out text")
+
+
+def _open_job(plan: Plan, store: Store) -> Job:
+    checkpoint = plan.checkpoint
+    save_model(
+        store,
+        Model(
+            weights_hash=checkpoint.weights_hash,
+            name=plan.name,
+            revision=checkpoint.revision,
+            layout=plan.layout.to_json(),
+            facts={"folder": checkpoint.folder, "source": checkpoint.name,
+                   "trust_remote_code": checkpoint.trust_remote_code},
+        ),
+    )
+    job = open_job(
+        store, plan.key, checkpoint.weights_hash, plan.config.model_dump(mode="json")
+    )
+    facts = {
+        "menu": [scheme.name for scheme in plan.menu],
+        "choices": [[scheme.name for scheme in row] for row in plan.choices],
+        "dtype": plan.dtype,
+        "quantizer": QUANTIZERS[plan.config.quantizer].identity,
+        "budgets": list(plan.budgets),
+        "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
+    }
+    return update_job(store, job.id, facts=facts)
+
+
+def _spec(plan: Plan, cache: str | None) -> SessionSpec:
+    return SessionSpec(
+        checkpoint=plan.checkpoint,
+        layout=plan.layout,
+        quantizer=plan.config.quantizer,
+        choices=tuple(tuple(scheme.name for scheme in row) for row in plan.choices),
+        dtype=plan.dtype,
+        threads=1,
+        cache=cache,
+    )
+
+
+def _values(run: Run, tasks: Iterable[Task]) -> Iterable[tuple[Task, object]]:
+    """Run tasks whose errors end the job."""
+    results = []
+    for outcome in run.pool.run(tasks):
+        if outcome.error:
+            raise outcome.error
+        results.append((outcome.task, outcome.value))
+    return results
+
+
+def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
+    """The mean raw table of an estimator, from the store where shares of it are there."""
+    plan = run.plan
+    text = plan.texts["calibration"]
+    shares = ESTIMATORS[estimator].shares(len(plan.layout.units), len(text.ids))
+    provenance = {
+        "weights_hash": plan.checkpoint.weights_hash,
+        "quantizer": run.quality.quantizer,
+        "dtype": plan.dtype,
+        "text_hash": text.hash,
+        "choices": key_of(*(",".join(s.name for s in row) for row in plan.choices)),
+    }
+    keys = {share: key_of(estimator, *provenance.values(), share) for share in shares}
+    found = {share: row for share in shares if (row := find_share(run.store, keys[share]))}
+    missing = [share for share in shares if share not in found]
+    weight = FISHER_WEIGHT if estimator == "fisher" else OUTPUT_ERROR_WEIGHT
+    stage = run.progress.stage(f"sensitivity: {estimator}", weight * len(missing))
+    with stage as advance:
+        tasks = [
+            Task("estimate", {"estimator": estimator, "chunks": text.ids, "share": s}, label=s)
+            for s in missing
+        ]
+        for outcome in run.pool.run(tasks):
+            if outcome.error:
+                raise outcome.error
+            share, (table, seconds) = outcome.task.label, outcome.value
+            found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
+            save_share(run.store, found[share])
+            advance(weight)
+    return merge(_table(found[share]) for share in shares).mean()
+
+
+def _share_row(
+    key: str, estimator: str, provenance: dict[str, str], table: RawTable, seconds: float
+) -> SensitivityShare:
+    sums = [[None if np.isnan(x) else float(x) for x in row] for row in table.sums]
+    return SensitivityShare(
+        key=key, estimator=estimator, provenance=provenance,
+        sums=sums, tokens=table.tokens.tolist(), seconds=seconds,
+    )  # fmt: skip
+
+
+def _table(row: SensitivityShare) -> RawTable:
+    return RawTable(np.array(row.sums, dtype=np.float64), np.array(row.tokens))
+
+
+def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
+    """Controls first, then each estimator's optimum at each budget; equal maps once."""
+    plan = run.plan
+    candidates: dict[str, Candidate] = {}
+
+    def add(choice: Choice, origin: str, control: str | None = None, **more: object) -> None:
+        found = plan.map_hash(choice)
+        candidates.setdefault(
+            found,
+            Candidate(
+                job_id=run.job.id,
+                point=len(candidates) + 1,
+                map_hash=found,
+                origin=origin,
+                control=control,
+                schemes=[scheme.name for scheme in plan.schemes(choice)],
+                weight_bytes=plan.weight_bytes(choice),
+                average_bits=plan.average_bits(choice),
+                finalist=False,
+                **more,
+            ),
+        )
+
+    any_problem = next(iter(problems.values()))
+    uniforms = [
+        (column, choice)
+        for column in range(len(plan.menu))
+        if (choice := uniform(any_problem, column)) is not None
+    ]
+    for column, choice in uniforms:
+        add(choice, f"uniform {plan.menu[column].name}", "uniform")
+    sizes = sorted(plan.weight_bytes(choice) for _, choice in uniforms)
+    generator = np.random.default_rng(plan.config.seed)
+    for size in _middle(sizes or list(plan.budgets), plan.config.random_controls):
+        limit = size - plan.other_bytes
+        add(random_at(any_problem, weight_bytes.RESOURCE, limit, generator), "random", "random")
+    for estimator, problem in problems.items():
+        limits = [budget - plan.other_bytes for budget in plan.budgets]
+        solutions = sweep(problem, weight_bytes.RESOURCE, limits)
+        for budget, solution in zip(plan.budgets, solutions, strict=True):
+            certificate = {"budget": budget, "raw_loss": solution.loss,
+                           "raw_bound": solution.bound, "gap": solution.gap}
+            origin = f"{estimator}, at most {budget:,} bytes"
+            add(solution.choice, origin, certificate=certificate)
+    save_candidates(run.store, candidates.values())
+    return list(candidates.values())
+
+
+def _middle(sizes: list[int], count: int) -> list[int]:
+    """`count` of the sizes, from the middle outwards: extremes leave nothing to randomise."""
+    order = sorted(range(len(sizes)), key=lambda i: abs(i - (len(sizes) - 1) / 2))
+    return [sizes[i] for i in sorted(order[:count])]
+
+
+def _measure(run: Run, candidates: Sequence[Candidate], text: Text, label: str) -> None:
+    """Measure candidates on all chunks of a text, but for what the store has."""
+    tasks = []
+    known = measurements(
+        run.store,
+        [run.quality.of(c.map_hash, chunk) for c in candidates for chunk in text.hashes],
+    )
+    # chunk by chunk: what a kill leaves behind can then be compared on the same chunks
+    for index, chunk in enumerate(text.hashes):
+        for candidate in candidates:
+            key = run.quality.of(candidate.map_hash, chunk)
+            if key not in known and candidate.failure is None:
+                arguments = {"schemes": tuple(candidate.schemes), "ids": text.ids[index]}
+                tasks.append(Task("measure", arguments, label=(candidate, chunk)))
+    with run.progress.stage(label, len(tasks)) as advance:
+        for outcome in run.pool.run(tasks):
+            candidate, chunk = outcome.task.label
+            if isinstance(outcome.error, MeasurementError):
+                candidate.failure = str(outcome.error)
+                save_candidates(run.store, [candidate])
+            elif outcome.error:
+                raise outcome.error
+            else:
+                _save(run, candidate.map_hash, chunk, outcome.value)
+            advance(1)
+
+
+def _measure_reference(run: Run) -> None:
+    """The unquantized model's own likelihood on held-out text, and the arithmetic's noise."""
+    text = run.plan.texts["heldout"]
+    keys = {chunk: run.quality.of(run.reference_hash, chunk) for chunk in text.hashes}
+    known = measurements(run.store, list(keys.values()))
+    tasks = [
+        Task("measure", {"schemes": None, "ids": text.ids[i]}, label=chunk)
+        for i, chunk in enumerate(text.hashes)
+        if keys[chunk] not in known
+    ]
+    if "noise_floor" not in run.job.facts:
+        tasks.append(Task("noise_floor", {"ids": run.plan.texts["search"].ids[0]}))
+    with run.progress.stage("the unquantized model on held-out text", len(tasks)) as advance:
+        for task, value in _values(run, tasks):
+            if task.method == "noise_floor":
+                run.job = update_job(run.store, run.job.id, facts={"noise_floor": value})
+            else:
+                _save(run, run.reference_hash, task.label, value)
+            advance(1)
+
+
+def _save(run: Run, map_hash: str, chunk: str, value: object) -> None:
+    save_measurement(
+        run.store,
+        Measurement(
+            key=run.quality.of(map_hash, chunk),
+            map_hash=map_hash,
+            chunk_hash=chunk,
+            **vars(run.quality),
+            **vars(value),
+        ),
+    )
+
+
+def _calibrate(
+    run: Run, candidates: list[Candidate], problems: dict[str, Problem]
+) -> list[Candidate]:
+    """Fit each estimator's gain on the search text; predict with the one that fits best."""
+    plan = run.plan
+    measured = losses(run.store, run.quality, candidates, plan.texts["search"].hashes)
+    columns = {scheme.name: i for i, scheme in enumerate(plan.menu)}
+    choices = [np.array([columns[s] for s in c.schemes], dtype=np.intp) for c in candidates]
+    kl = np.array([m.kl.mean if (m := measured.get(c.map_hash)) else np.nan for c in candidates])
+    raw = {
+        name: np.array([problem.total_loss(choice) for choice in choices])
+        for name, problem in problems.items()
+    }
+    floor = 2 * (run.job.facts.get("noise_floor") or 0.0)
+    fits: dict[str, Calibration] = {name: fit_gain(raw[name], kl, floor) for name in problems}
+    best = min(fits, key=lambda name: np.nan_to_num(fits[name].residual, nan=np.inf))
+    for candidate, score in zip(candidates, raw[best], strict=True):
+        candidate.predicted_kl = fits[best].predict(float(score))
+    facts = {
+        "predicts": best,
+        "calibration": {
+            name: {"unit": ESTIMATORS[name].unit, **vars(fit)} for name, fit in fits.items()
+        },
+    }
+    run.job = update_job(run.store, run.job.id, facts=facts)
+    return candidates
+
+
+def _choose_finalists(run: Run, candidates: list[Candidate]) -> list[Candidate]:
+    """At each budget the map that measured best on the search text; and all controls."""
+    measured = losses(run.store, run.quality, candidates, run.plan.texts["search"].hashes)
+    chosen = {c.map_hash for c in candidates if c.control}
+    for budget in run.plan.budgets:
+        fitting = [
+            c for c in candidates if c.weight_bytes <= budget and c.map_hash in measured
+        ]
+        if fitting:
+            best = min(fitting, key=lambda c: (measured[c.map_hash].kl.mean, c.weight_bytes))
+            chosen.add(best.map_hash)
+    for candidate in candidates:
+        candidate.finalist = candidate.map_hash in chosen
+    return [candidate for candidate in candidates if candidate.finalist]

@@ -1,0 +1,192 @@
+"""The plan of a job: model, units, choices, costs, texts and budgets, before anything is measured.
+
+`bitfront search --dry-run` prints it; it loads no weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront.config import DEMO, ConfigError, JobConfig
+from bitfront.demo import NAME, demo_model
+from cost_models import weight_bytes
+from evaluation.arithmetic import choose_dtype
+from evaluation.texts import Text, TextRequest, make_texts
+from quantization.adapter import describe
+from quantization.checkpoints import Checkpoint, load_tokenizer, resolve
+from quantization.precision_map import map_hash
+from quantization.quantizers import QUANTIZERS
+from quantization.schemes import Scheme
+from quantization.units import Layout, Unit
+from search.errors import InfeasibleBudgetError
+from search.problem import Problem
+from sensitivity import ESTIMATORS, menu
+from store.queries import key_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do.
+
+    Args:
+        name: the model's, for people.
+        choices: the schemes of each unit; one for those that are pinned.
+        menu: the columns of all tables.
+        bytes_table: units x schemes; `other_bytes` come on top of every map.
+        budgets: upper bounds on weight bytes, rising.
+    """
+
+    config: JobConfig
+    checkpoint: Checkpoint
+    name: str
+    layout: Layout
+    choices: tuple[tuple[Scheme, ...], ...]
+    menu: tuple[Scheme, ...]
+    bytes_table: NDArray[np.int64]
+    other_bytes: int
+    budgets: tuple[int, ...]
+    texts: dict[str, Text]
+    dtype: str
+    dtype_reason: str
+
+    @property
+    def offered(self) -> NDArray[np.bool_]:
+        """Units x schemes: what each unit may get."""
+        return np.array([[scheme in row for scheme in self.menu] for row in self.choices])
+
+    @property
+    def open_units(self) -> NDArray[np.bool_]:
+        """The units that the search decides."""
+        return np.array([len(row) > 1 for row in self.choices])
+
+    @property
+    def quantizable_numel(self) -> int:
+        """Weights of the units that the search decides."""
+        pairs = zip(self.layout.units, self.open_units, strict=True)
+        return sum(unit.numel for unit, is_open in pairs if is_open)
+
+    def problem(self, loss: NDArray[np.float64]) -> Problem:
+        """The allocation problem under a loss table."""
+        offered = self.offered
+        loss = np.where(offered, np.nan_to_num(loss), 0.0)
+        return Problem(loss, {weight_bytes.RESOURCE: self.bytes_table}, offered)
+
+    def weight_bytes(self, choice: NDArray[np.intp]) -> int:
+        """Exact bytes of all weights under a map."""
+        return int(self.bytes_table[np.arange(len(choice)), choice].sum()) + self.other_bytes
+
+    def average_bits(self, choice: NDArray[np.intp]) -> float:
+        """Bits a weight over the units that the search decides."""
+        rows = np.flatnonzero(self.open_units)
+        return 8 * int(self.bytes_table[rows, choice[rows]].sum()) / self.quantizable_numel
+
+    def schemes(self, choice: NDArray[np.intp]) -> list[Scheme]:
+        """The schemes of an assignment, one a unit."""
+        return [self.menu[column] for column in choice]
+
+    def map_hash(self, choice: NDArray[np.intp]) -> str:
+        """The content hash of the precision map."""
+        pairs = [(scheme.weight, scheme.activation) for scheme in self.schemes(choice)]
+        return map_hash(self.layout, pairs)
+
+    @property
+    def key(self) -> str:
+        """Identifies what the job computes: the same question has the same key."""
+        config = self.config.model_dump_json(exclude={"model", "revision", "texts", "dtype"})
+        texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]
+        return key_of(self.checkpoint.weights_hash, config, self.dtype, *texts)
+
+
+def make_plan(config: JobConfig) -> Plan:
+    """Resolve everything that a job names.
+
+    Raises:
+        BitfrontError: a model, text, format, quantizer or estimator that isn't there.
+        InfeasibleBudgetError: a budget below the smallest map's bytes.
+    """
+    schemes = [Scheme.parse(name) for name in dict.fromkeys(config.menu.schemes)]
+    pins = {pattern: Scheme.parse(name) for pattern, name in config.menu.pinned.items()}
+    QUANTIZERS[config.quantizer]
+    for estimator in config.estimators:
+        ESTIMATORS[estimator]
+    dtype, reason = choose_dtype(config.dtype)
+    source = demo_model() if config.model == DEMO else config.model
+    checkpoint = resolve(source, config.revision, config.trust_remote_code)
+    layout = describe(checkpoint)
+    choices = tuple(_choices(unit, schemes, pins) for unit in layout.units)
+    if not any(len(row) > 1 for row in choices):
+        raise ConfigError("the menu leaves nothing to decide: every unit is pinned to one scheme")
+    columns = tuple(menu(choices))
+    requests = {
+        role: TextRequest(text.source, text.chunks, text.length)
+        for role, text in config.texts
+    }
+    plan = Plan(
+        config=config,
+        checkpoint=checkpoint,
+        name=NAME if config.model == DEMO else config.model,
+        layout=layout,
+        choices=choices,
+        menu=columns,
+        bytes_table=weight_bytes.table(layout, columns),
+        other_bytes=weight_bytes.other_bytes(layout),
+        budgets=(),
+        texts=make_texts(load_tokenizer(checkpoint), requests),
+        dtype=str(dtype).removeprefix("torch."),
+        dtype_reason=reason,
+    )
+    return Plan(**{**vars(plan), "budgets": _budgets(plan)})
+
+
+def _choices(
+    unit: Unit, schemes: Sequence[Scheme], pins: dict[str, Scheme]
+) -> tuple[Scheme, ...]:
+    """A pinned unit's only scheme, or those of the menu that apply to its shapes."""
+    from quantization.formats import FORMATS
+
+    for pattern, scheme in pins.items():
+        if pattern == unit.kind or any(fnmatch(site.name, pattern) for site in unit.sites):
+            return (scheme,)
+    fitting = tuple(
+        scheme
+        for scheme in schemes
+        if not any(FORMATS[scheme.weight].refusal(site.shape) for site in unit.stored)
+    )
+    if not fitting:
+        raise ConfigError(
+            f"no scheme of the menu applies to {unit.name} {unit.sites[0].shape}; "
+            "add one, or pin the unit to bf16"
+        )
+    return fitting
+
+
+def _budgets(plan: Plan) -> tuple[int, ...]:
+    """The job's budgets in weight bytes, checked against the smallest map."""
+    table = plan.bytes_table
+    fixed = int(table[~plan.open_units].max(axis=1, initial=0, where=plan.offered[~plan.open_units])
+                .sum()) + plan.other_bytes
+    wanted = [fixed + int(bits * plan.quantizable_numel / 8) for bits in plan.config.budgets]
+    wanted += plan.config.budgets_bytes
+    smallest = plan.other_bytes + plan.problem(np.zeros(table.shape)).smallest(weight_bytes.RESOURCE)
+    for budget in wanted:
+        if budget < smallest:
+            bits = 8 * (smallest - fixed) / plan.quantizable_numel
+            raise InfeasibleBudgetError(
+                f"no map fits into {budget:,} weight bytes: the smallest has {smallest:,} "
+                f"({bits:.4g} bits on average; {fixed:,} of the bytes are pinned to full "
+                "precision); raise the budget, or add smaller formats to the menu"
+            )
+    return tuple(sorted(set(wanted or _default_budgets(plan))))
+
+
+def _default_budgets(plan: Plan) -> list[int]:
+    """The bytes of the menu's uniform maps and the middles between neighbours."""
+    from search.controls import uniform
+
+    problem = plan.problem(np.zeros(plan.bytes_table.shape))
+    maps = [uniform(problem, column) for column in range(len(plan.menu))]
+    sizes = sorted({plan.weight_bytes(choice) for choice in maps if choice is not None})
+    return sizes + [(a + b) // 2 for a, b in zip(sizes, sizes[1:], strict=False)]

@@ -1,0 +1,115 @@
+"""What `query`, `jobs` and `formats` print."""
+
+from math import inf
+from typing import Any
+
+from rich.table import Table
+
+from bitfront.console import print_json, print_table
+from bitfront.fronts import Constraints, best_point, load_front
+from bitfront.sizes import show_bytes
+from cost_models.memory import Workload, kv_cache_bytes
+from quantization.errors import BitfrontError
+from quantization.units import Layout
+from store.database import Store
+from store.queries import find_job, list_jobs
+
+
+class NothingFitsError(BitfrontError):
+    """A query that no measured point answers."""
+
+
+def run_query(
+    store: Store,
+    job_id: int | None,
+    limits: dict[str, float | None],
+    batch: int,
+    context: int,
+    as_json: bool,
+) -> None:
+    """Print the best point of a job under constraints; raises `NothingFitsError`."""
+    front = load_front(store, find_job(store, job_id))
+    cache = kv_cache_bytes(Layout.from_json(front.model.layout), Workload(batch, context))
+    bounds = {name: inf if limit is None else limit for name, limit in limits.items()}
+    point, why_not = best_point(front, Constraints(**bounds), cache)
+    if point is None:
+        raise NothingFitsError(str(why_not))
+    memory = point.weight_bytes + cache
+    if as_json:
+        found = next(p for p in front.to_json()["points"] if p["id"] == point.id)
+        print_json({
+            "job": front.job.id, "model": front.model.name, "point": found,
+            "memory_bytes": memory, "kv_cache_bytes": cache,
+            "workload": {"batch": batch, "context": context},
+        })  # fmt: skip
+        return
+    table = Table("what", "value", title=f"Best of job {front.job.id}: point {point.id}")
+    rows = {
+        "average bits": f"{point.average_bits:.4f}",
+        "weights": f"{show_bytes(point.weight_bytes)} ({point.weight_bytes:,} bytes)",
+        f"memory at {batch} x {context} tokens": f"{show_bytes(memory)} "
+        f"(KV cache {show_bytes(cache)})",
+        "KL, nats per token": f"{point.kl:.5f} ({point.kl_low:.5f} to {point.kl_high:.5f})",
+        "perplexity": f"{point.perplexity:.3f} (unquantized {front.reference_perplexity or 0:.3f})",
+        "control": point.control or "no",
+        "take it": f"bitfront export {front.job.id} --point {point.id} --to map -o DIR",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    print_table(table)
+
+
+def show_jobs(store: Store, as_json: bool) -> None:
+    """Print all jobs."""
+    rows: list[dict[str, Any]] = [
+        {
+            "job": job.id,
+            "model": name,
+            "state": job.state,
+            "created_at": job.created_at.isoformat(),
+            "updated_at": job.updated_at.isoformat(),
+            "error": job.error,
+        }
+        for job, name in list_jobs(store)
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("job", "model", "state", "updated", "error")
+    for row in rows:
+        table.add_row(
+            str(row["job"]), row["model"], row["state"], row["updated_at"][:19], row["error"] or ""
+        )
+    print_table(table)
+
+
+def show_formats(shape: str, as_json: bool) -> None:
+    """Print all formats with their bytes for ROWSxCOLUMNS."""
+    from quantization.formats import FORMATS
+
+    try:
+        rows, columns = (int(part) for part in shape.lower().split("x"))
+        if rows < 1 or columns < 1:
+            raise ValueError
+    except ValueError:
+        raise BitfrontError(f"'{shape}' is not a shape such as 4096x11008") from None
+    entries = []
+    for name in FORMATS:
+        format = FORMATS[name]
+        applies = format.refusal((rows, columns)) is None
+        nbytes = format.nbytes((rows, columns)) if applies else None
+        bits = 8 * nbytes / (rows * columns) if nbytes is not None else None
+        entries.append({
+            "name": name, "family": format.family, "bits_per_weight": bits,
+            "nbytes": nbytes, "applies": applies,
+        })  # fmt: skip
+    if as_json:
+        print_json(entries)
+        return
+    table = Table("name", "family", "bits per weight", "bytes", "applies")
+    for e in entries:
+        table.add_row(
+            e["name"], e["family"], f"{e['bits_per_weight']:.4f}", f"{e['nbytes']:,}",
+            "yes" if e["applies"] else "no",
+        )  # fmt: skip
+    print_table(table)

@@ -1,0 +1,132 @@
+"""What `search` does: plan, run or resume, print the front."""
+
+import os
+import time
+
+from rich.table import Table
+
+from bitfront.config import JobConfig
+from bitfront.console import errors, front_table, print_json, print_table
+from bitfront.fronts import load_front
+from bitfront.pipeline import run_search
+from bitfront.plan import Plan, make_plan
+from bitfront.progress import RichProgress
+from bitfront.sizes import show_bytes
+from search.controls import uniform
+from store.database import Store
+from store.queries import find_job
+from workers.pool import InProcessPool, Pool
+from workers.session import SessionSpec
+
+NO_RAY = "none"
+
+
+def run(
+    config: JobConfig, store: Store, address: str, workers: int | None, as_json: bool
+) -> None:
+    """Run a job to its end and print its front."""
+    start = time.monotonic()
+
+    def open_pool(spec: SessionSpec) -> Pool:
+        if address == NO_RAY:
+            return InProcessPool(spec)
+        from workers.ray_pool import RayPool
+
+        return RayPool(spec, address, workers)
+
+    with errors.status("reading the model (a GGUF file is imported once, in half a minute)"):
+        plan = make_plan(config)
+    errors.print(_summary(plan), highlight=False)
+    with RichProgress(errors) as progress:
+        job_id = run_search(plan, store, open_pool, progress, os.environ.get("BITFRONT_CACHE"))
+    front = load_front(store, find_job(store, job_id))
+    if as_json:
+        print_json(front.to_json())
+    else:
+        print_table(front_table(front))
+    for finding in front.findings:
+        errors.print(finding, highlight=False)
+    errors.print(
+        f"Took {time.monotonic() - start:.0f} s. Look at it: bitfront front {job_id} --html "
+        f"front.html   Take a map: bitfront export {job_id} --point N --to map -o DIR",
+        highlight=False,
+    )
+
+
+def dry_run(config: JobConfig, as_json: bool) -> None:
+    """Print what a job would do: units, menu, sizes and the number of measurements."""
+    plan = make_plan(config)
+    document = _document(plan)
+    if as_json:
+        print_json(document)
+        return
+    units = Table("unit", "kind", "weights", "schemes", title=plan.name)
+    for unit, row in zip(plan.layout.units, plan.choices, strict=True):
+        units.add_row(unit.name, unit.kind, f"{unit.numel:,}", ", ".join(s.name for s in row))
+    for kept in plan.layout.kept:
+        units.add_row(kept.name, "kept", f"{kept.numel:,}", f"full precision: {kept.reason}")
+    print_table(units)
+    sizes = Table("uniform map", "average bits", "weights")
+    for entry in document["uniform"]:
+        sizes.add_row(entry["scheme"], f"{entry['average_bits']:.4f}",
+                      show_bytes(entry["weight_bytes"]))
+    print_table(sizes)
+    errors.print(_summary(plan), highlight=False)
+    errors.print(
+        f"At most {document['measurements']['search']} measurements on the search text and "
+        f"{document['measurements']['heldout']} on held-out text, a chunk each.",
+        highlight=False,
+    )
+
+
+def _summary(plan: Plan) -> str:
+    kept = f", {len(plan.layout.kept)} layers kept in full precision" if plan.layout.kept else ""
+    text = (
+        f"{plan.name}: {int(plan.open_units.sum())} units to decide{kept}; "
+        f"arithmetic {plan.dtype} ({plan.dtype_reason})"
+    )
+    for layer in plan.layout.kept[:5]:
+        text += f"\n  kept: {layer.name} ({layer.reason})"
+    if len(plan.layout.kept) > 5:
+        text += f"\n  … and {len(plan.layout.kept) - 5} more: see --dry-run"
+    return text
+
+
+def _document(plan: Plan) -> dict[str, object]:
+    problem = plan.problem(plan.bytes_table.astype(float))
+    maps = {i: uniform(problem, i) for i in range(len(plan.menu))}
+    uniforms = [
+        {
+            "scheme": plan.menu[i].name,
+            "average_bits": plan.average_bits(choice),
+            "weight_bytes": plan.weight_bytes(choice),
+        }
+        for i, choice in maps.items()
+        if choice is not None
+    ]
+    texts = plan.config.texts
+    controls = len(uniforms) + plan.config.random_controls
+    proposals = len(plan.budgets) * len(plan.config.estimators)
+    return {
+        "model": plan.name,
+        "units": [
+            {
+                "name": unit.name,
+                "kind": unit.kind,
+                "sites": [site.name for site in unit.sites],
+                "weights": unit.numel,
+                "schemes": [scheme.name for scheme in row],
+            }
+            for unit, row in zip(plan.layout.units, plan.choices, strict=True)
+        ],
+        "kept": [vars(kept) for kept in plan.layout.kept],
+        "other_bytes": plan.other_bytes,
+        "menu": [scheme.name for scheme in plan.menu],
+        "uniform": uniforms,
+        "budgets": list(plan.budgets),
+        "measurements": {
+            "search": (controls + proposals) * texts.search.chunks,
+            "heldout": (controls + len(plan.budgets) + 1) * texts.heldout.chunks,
+        },
+        "arithmetic": plan.dtype,
+    }

@@ -1,0 +1,1 @@
+"""Scheme menus and job presets, as YAML that ships with the package."""

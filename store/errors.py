@@ -1,0 +1,9 @@
+"""The errors of the store, each with what to do next."""
+
+
+class StoreError(Exception):
+    """Base: the database can't be used, in one line."""
+
+
+class NotFoundError(StoreError):
+    """No such job or point."""

@@ -1,0 +1,148 @@
+"""Reading and writing the store: small functions over a `Store`, each its own transaction."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+
+from store.database import Store
+from store.errors import NotFoundError
+from store.tables import Candidate, Job, Measurement, Model, SensitivityShare
+
+KEYS_A_QUERY = 500  # SQLite allows 999 variables in a statement
+
+
+def key_of(*parts: object) -> str:
+    """SHA-256 over the parts that identify a task."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class QualityKey:
+    """What a measurement of quality depends on, besides map and chunk."""
+
+    weights_hash: str
+    quantizer: str
+    dtype: str
+
+    def of(self, map_hash: str, chunk_hash: str) -> str:
+        """The measurement's primary key."""
+        return key_of(self.weights_hash, map_hash, self.quantizer, chunk_hash, self.dtype)
+
+
+def save_model(store: Store, model: Model) -> None:
+    """Insert or refresh a model."""
+    with store.session() as session:
+        session.merge(model)
+
+
+def open_job(store: Store, key: str, weights_hash: str, config: dict[str, Any]) -> Job:
+    """The job with this key, new or resumed."""
+    with store.session() as session:
+        job = session.scalar(select(Job).where(Job.key == key))
+        if job is None:
+            job = Job(
+                key=key, weights_hash=weights_hash, state="running", config=config, facts={}
+            )
+            session.add(job)
+        elif job.state == "failed":
+            job.state, job.error = "running", None
+        session.flush()
+        return job
+
+
+def update_job(
+    store: Store, job_id: int, facts: dict[str, Any] | None = None, **columns: Any
+) -> Job:
+    """Set columns; `facts` are added to those that the job has."""
+    with store.session() as session:
+        job = session.get_one(Job, job_id)
+        if facts:
+            job.facts = {**job.facts, **facts}
+        for name, value in columns.items():
+            setattr(job, name, value)
+        return job
+
+
+def find_job(store: Store, job_id: int | None) -> Job:
+    """A job by number; the latest one for None.
+
+    Raises:
+        NotFoundError: no such job, or none at all.
+    """
+    with store.session() as session:
+        if job_id is None:
+            job = session.scalar(select(Job).order_by(Job.updated_at.desc(), Job.id.desc()))
+            if job is None:
+                raise NotFoundError(
+                    f"no jobs in the store {store.url} yet; start one: bitfront search demo"
+                )
+            return job
+        found = session.get(Job, job_id)
+        if found is None:
+            known = session.scalars(select(Job.id).order_by(Job.id.desc()).limit(8)).all()
+            raise NotFoundError(
+                f"no job {job_id} in the store; there are {', '.join(map(str, known)) or 'none'}"
+            )
+        return found
+
+
+def list_jobs(store: Store) -> list[tuple[Job, str]]:
+    """All jobs with their model's name, newest first."""
+    with store.session() as session:
+        rows = session.execute(
+            select(Job, Model.name).join(Model).order_by(Job.updated_at.desc(), Job.id.desc())
+        )
+        return [(job, name) for job, name in rows]
+
+
+def find_model(store: Store, weights_hash: str) -> Model:
+    """The model of a job."""
+    with store.session() as session:
+        return session.get_one(Model, weights_hash)
+
+
+def save_candidates(store: Store, candidates: Iterable[Candidate]) -> None:
+    """Insert or refresh candidates."""
+    with store.session() as session:
+        for candidate in candidates:
+            session.merge(candidate)
+
+
+def candidates_of(store: Store, job_id: int) -> list[Candidate]:
+    """A job's candidates in the order in which they were proposed."""
+    with store.session() as session:
+        query = select(Candidate).where(Candidate.job_id == job_id).order_by(Candidate.point)
+        return list(session.scalars(query))
+
+
+def save_measurement(store: Store, measurement: Measurement) -> None:
+    """Insert a measurement; one that is there already stays as it was."""
+    with store.session() as session:
+        if session.get(Measurement, measurement.key) is None:
+            session.add(measurement)
+
+
+def measurements(store: Store, keys: Sequence[str]) -> dict[str, Measurement]:
+    """Those of the keys that are in the store."""
+    found: dict[str, Measurement] = {}
+    with store.session() as session:
+        for start in range(0, len(keys), KEYS_A_QUERY):
+            part = keys[start : start + KEYS_A_QUERY]
+            for row in session.scalars(select(Measurement).where(Measurement.key.in_(part))):
+                found[row.key] = row
+    return found
+
+
+def find_share(store: Store, key: str) -> SensitivityShare | None:
+    """A task's part of a sensitivity table, if it was computed before."""
+    with store.session() as session:
+        return session.get(SensitivityShare, key)
+
+
+def save_share(store: Store, share: SensitivityShare) -> None:
+    """Keep a task's part of a sensitivity table."""
+    with store.session() as session:
+        session.merge(share)

@@ -1,0 +1,116 @@
+"""The database's tables.
+
+A measurement is one candidate on one text chunk; means, intervals, perplexities and fronts are
+derived from such rows and never stored, so they can't disagree with them. Measurements belong to
+the model and the map, not to a job: a second job that asks for the same ones finds them here.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Float, ForeignKey, Integer, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+def now() -> datetime:
+    """The present, with its time zone."""
+    return datetime.now(UTC)
+
+
+class Base(DeclarativeBase):
+    """Declarative base of all tables."""
+
+
+class Model(Base):
+    """A model by its weights: layout and the facts that costs need, so no query loads it."""
+
+    __tablename__ = "models"
+
+    weights_hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    revision: Mapped[str | None] = mapped_column(String(64))
+    layout: Mapped[dict[str, Any]] = mapped_column(JSON)
+    facts: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class Job(Base):
+    """A search job. `key` identifies what it computes: the same question resumes the same job.
+
+    `state` is `running`, `done` or `failed`; a job whose driver was killed stays `running` and
+    goes on when the question is asked again. `facts` collects what the run found out: menu and
+    cost table, chunk hashes by role, arithmetic type, noise floor, calibrations.
+    """
+
+    __tablename__ = "jobs"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    weights_hash: Mapped[str] = mapped_column(ForeignKey("models.weights_hash"))
+    state: Mapped[str] = mapped_column(String(16))
+    error: Mapped[str | None] = mapped_column(Text)
+    config: Mapped[dict[str, Any]] = mapped_column(JSON)
+    facts: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
+    updated_at: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), default=now, onupdate=now
+    )
+
+
+class Candidate(Base):
+    """A map that a job proposed. `point` numbers a job's candidates from 1.
+
+    Args:
+        origin: what proposed it: `uniform int4-g32`, `random`, `fisher <= 4.25 bits`.
+        control: null, `uniform` or `random`.
+        schemes: scheme names, one a unit of the model's layout.
+        predicted_kl: nats per token; null until the job's calibration is fitted.
+        certificate: bound and gap of the solver that proposed it, null for controls.
+        finalist: whether it is measured on the held-out text.
+        failure: why it could not be measured, if it could not.
+    """
+
+    __tablename__ = "candidates"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    point: Mapped[int] = mapped_column(Integer, primary_key=True)
+    map_hash: Mapped[str] = mapped_column(String(64), index=True)
+    origin: Mapped[str] = mapped_column(Text)
+    control: Mapped[str | None] = mapped_column(String(16))
+    schemes: Mapped[list[str]] = mapped_column(JSON)
+    weight_bytes: Mapped[int] = mapped_column(BigInteger)
+    average_bits: Mapped[float] = mapped_column(Float)
+    predicted_kl: Mapped[float | None] = mapped_column(Float)
+    certificate: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    finalist: Mapped[bool] = mapped_column(default=False)
+    failure: Mapped[str | None] = mapped_column(Text)
+
+
+class Measurement(Base):
+    """One map of one model on one text chunk: sums in nats over `tokens` predictions."""
+
+    __tablename__ = "measurements"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    weights_hash: Mapped[str] = mapped_column(String(64), index=True)
+    map_hash: Mapped[str] = mapped_column(String(64), index=True)
+    chunk_hash: Mapped[str] = mapped_column(String(64))
+    quantizer: Mapped[str] = mapped_column(Text)
+    dtype: Mapped[str] = mapped_column(String(16))
+    kl_sum: Mapped[float] = mapped_column(Float)
+    nll_sum: Mapped[float] = mapped_column(Float)
+    tokens: Mapped[int] = mapped_column(Integer)
+    seconds: Mapped[float] = mapped_column(Float)
+    measured_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
+
+
+class SensitivityShare(Base):
+    """One task's part of a raw sensitivity table; `provenance` says what it was made from."""
+
+    __tablename__ = "sensitivity_shares"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    estimator: Mapped[str] = mapped_column(String(64))
+    provenance: Mapped[dict[str, Any]] = mapped_column(JSON)
+    sums: Mapped[list[list[float | None]]] = mapped_column(JSON)
+    tokens: Mapped[list[float]] = mapped_column(JSON)
+    seconds: Mapped[float] = mapped_column(Float)

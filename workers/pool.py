@@ -1,0 +1,100 @@
+"""The task interface: submit tasks, take outcomes as they come. And the pool without processes."""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantization.errors import BitfrontError
+from workers.session import Session, SessionSpec
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call of one of `Session`'s methods. Idempotent: a lost one is simply run again.
+
+    Args:
+        label: the caller's own handle, returned with the outcome.
+    """
+
+    method: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    label: Any = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: a value, or the error that its work raised."""
+
+    task: Task
+    value: Any = None
+    error: BitfrontError | None = None
+
+
+class Pool(ABC):
+    """Runs tasks. Not thread-safe: one driver owns it.
+
+    A task whose worker dies is run again elsewhere, a few times; an error that the work itself
+    raises is an outcome and never retried. Leaving the context closes the pool.
+    """
+
+    workers: int
+
+    @abstractmethod
+    def submit(self, task: Task) -> None:
+        """Queue a task; returns at once."""
+
+    @abstractmethod
+    def next(self) -> Outcome:
+        """Wait for the next outcome, in any order.
+
+        Raises:
+            WorkerError: a task lost its worker too often.
+            LookupError: nothing is queued.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the workers; queued tasks are dropped."""
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
+        """Submit all, yield outcomes as they come."""
+        count = 0
+        for task in tasks:
+            self.submit(task)
+            count += 1
+        for _ in range(count):
+            yield self.next()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class InProcessPool(Pool):
+    """One worker: the calling process. For tests, debugging and exports."""
+
+    workers = 1
+
+    def __init__(self, spec: SessionSpec) -> None:
+        self._session = Session(spec)
+        self._queue: deque[Task] = deque()
+
+    def submit(self, task: Task) -> None:
+        """See `Pool.submit`."""
+        self._queue.append(task)
+
+    def next(self) -> Outcome:
+        """See `Pool.next`."""
+        task = self._queue.popleft()
+        try:
+            return Outcome(task, getattr(self._session, task.method)(**task.arguments))
+        except BitfrontError as error:
+            return Outcome(task, error=error)
+
+    def close(self) -> None:
+        """See `Pool.close`."""
+        self._queue.clear()

@@ -1,0 +1,144 @@
+"""Workers as Ray actors: on this machine, or on a cluster.
+
+Each actor holds one replica and works on one task at a time; free actors take the next task in
+the queue, so a slow one delays nobody. Ray restarts an actor that died (killed, out of memory),
+and its task goes back to the front of the queue.
+"""
+
+import logging
+import os
+import sys
+from collections import deque
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from quantization.errors import BitfrontError, WorkerError
+from workers.pool import Outcome, Pool, Task
+from workers.session import Session, SessionSpec
+
+LOCAL = "local"
+MOST_LOCAL_WORKERS = 8
+ATTEMPTS = 3
+OBJECT_STORE_BYTES = 128 * 2**20  # tasks and results are small; weights travel by the page cache
+
+
+class _Worker:
+    """The actor."""
+
+    def __init__(self, spec: SessionSpec) -> None:
+        self._session = Session(spec)
+
+    def run(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Call a method of the session; its errors are values, Ray's are exceptions."""
+        try:
+            return getattr(self._session, method)(**arguments), None
+        except BitfrontError as error:
+            return None, error
+
+    def process(self) -> int:
+        """The process, for tests that kill it."""
+        return os.getpid()
+
+
+class RayPool(Pool):
+    """A pool of actors.
+
+    Args:
+        spec: what each worker needs; `threads` is overruled by what a worker's share of cores is.
+        address: a Ray cluster's address, or `local` for a Ray of our own.
+        workers: how many actors; by default one a GPU, or up to eight a machine.
+    """
+
+    def __init__(
+        self, spec: SessionSpec, address: str = LOCAL, workers: int | None = None
+    ) -> None:
+        _connect(address)
+        resources = ray.cluster_resources()
+        gpus, cores = int(resources.get("GPU", 0)), max(int(resources.get("CPU", 1)), 1)
+        machines = max(len([node for node in ray.nodes() if node["Alive"]]), 1)
+        self.workers = workers or gpus or min(cores, MOST_LOCAL_WORKERS * machines)
+        threads = max(cores // self.workers, 1)
+        spec = SessionSpec(**{**vars(spec), "threads": threads})
+        options = {
+            "num_cpus": min(threads, cores / self.workers),
+            "num_gpus": 1 if gpus else 0,
+            "max_restarts": -1,
+        }
+        actor = ray.remote(_Worker).options(**options)
+        self._actors = [actor.remote(spec) for _ in range(self.workers)]
+        self._idle = deque(self._actors)
+        self._queue: deque[tuple[Task, int]] = deque()
+        self._running: dict[Any, tuple[Any, Task, int]] = {}
+
+    def submit(self, task: Task) -> None:
+        """See `Pool.submit`."""
+        self._queue.append((task, 1))
+        self._dispatch()
+
+    def next(self) -> Outcome:
+        """See `Pool.next`."""
+        while True:
+            if not self._running:
+                raise LookupError("no task is queued")
+            [reference], _ = ray.wait(list(self._running), num_returns=1)
+            actor, task, attempt = self._running.pop(reference)
+            self._idle.append(actor)
+            try:
+                value, error = ray.get(reference)
+            except RayTaskError:
+                raise
+            except (RayActorError, RayError) as failure:
+                self._retry(task, attempt, failure)
+                continue
+            self._dispatch()
+            return Outcome(task, value, error)
+
+    def processes(self) -> list[int]:
+        """The workers' process numbers."""
+        return list(ray.get([actor.process.remote() for actor in self._actors]))
+
+    def close(self) -> None:
+        """See `Pool.close`."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        ray.shutdown()
+
+    def _retry(self, task: Task, attempt: int, failure: RayError) -> None:
+        if attempt >= ATTEMPTS:
+            raise WorkerError(
+                f"a worker died {ATTEMPTS} times in '{task.method}' "
+                f"({str(failure).splitlines()[0][:160]}); what was measured is kept: "
+                "try fewer workers (--workers), it may be out of memory"
+            ) from failure
+        self._queue.appendleft((task, attempt + 1))
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self._queue and self._idle:
+            task, attempt = self._queue.popleft()
+            actor = self._idle.popleft()
+            reference = actor.run.remote(task.method, task.arguments)
+            self._running[reference] = actor, task, attempt
+
+
+def _connect(address: str) -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a notice
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address == LOCAL:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise WorkerError(
+            f"can't connect to Ray at '{address}' ({str(error).splitlines()[0][:200]}); "
+            "start one with `ray start --head`, or leave out --address"
+        ) from error
+    sys.stderr.flush()

@@ -1,0 +1,112 @@
+"""What a worker does: a model replica, built when first needed, and the tasks it answers."""
+
+import fcntl
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evaluation.arithmetic import DTYPES, default_device
+from evaluation.evaluator import Evaluator, Measurement
+from quantization.bank import Bank
+from quantization.cache import cache_dir
+from quantization.checkpoints import Checkpoint, resolve
+from quantization.errors import ModelError
+from quantization.quantizers import QUANTIZERS
+from quantization.schemes import Scheme
+from quantization.units import Layout
+from sensitivity import ESTIMATORS, RawTable, Share
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """What a worker needs to know; small, picklable, the same for all workers of a job.
+
+    Args:
+        choices: the schemes of each unit, by name.
+        dtype: name of the arithmetic type.
+        threads: of the CPU, for each worker.
+        cache: the driver's `$BITFRONT_CACHE`, where it has one.
+    """
+
+    checkpoint: Checkpoint
+    layout: Layout
+    quantizer: str
+    choices: tuple[tuple[str, ...], ...]
+    dtype: str
+    threads: int
+    cache: str | None
+
+
+class Session:
+    """Answers tasks one at a time."""
+
+    def __init__(self, spec: SessionSpec) -> None:
+        self._spec = spec
+        if spec.cache:
+            os.environ["BITFRONT_CACHE"] = spec.cache
+        torch.set_num_threads(spec.threads)
+        self._schemes = {name: Scheme.parse(name) for row in spec.choices for name in row}
+        self._choices = [[self._schemes[name] for name in row] for row in spec.choices]
+
+    def prepare(self) -> float:
+        """Make sure that this node has the whole bank; the seconds it took."""
+        start = time.perf_counter()
+        lock = cache_dir() / "banks" / "building.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # one worker of a node builds, the others wait
+            self._bank.build(self._choices)
+        return time.perf_counter() - start
+
+    def estimate(self, estimator: str, chunks: Ids, share: Share) -> tuple[RawTable, float]:
+        """A share of a raw sensitivity table, and the seconds it took."""
+        start = time.perf_counter()
+        table = ESTIMATORS[estimator].score(self._evaluator.model, chunks, self._choices, share)
+        return table, time.perf_counter() - start
+
+    def measure(self, schemes: tuple[str, ...] | None, ids: Ids) -> Measurement:
+        """One candidate (None: the reference) on one chunk."""
+        wanted = None if schemes is None else [self._schemes[name] for name in schemes]
+        return self._evaluator.measure(wanted, ids)
+
+    def noise_floor(self, ids: Ids) -> float | None:
+        """KL between float32 and the session's arithmetic type on one chunk."""
+        return self._evaluator.noise_floor(ids)
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """The replica; builds bank and model if need be."""
+        return self._evaluator
+
+    @cached_property
+    def _bank(self) -> Bank:
+        spec = self._spec
+        return Bank(
+            self._local_checkpoint(), spec.layout, QUANTIZERS[spec.quantizer], DTYPES[spec.dtype]
+        )
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        self.prepare()
+        return Evaluator(self._bank, default_device())
+
+    def _local_checkpoint(self) -> Checkpoint:
+        """The checkpoint on this node: the driver's folder, or the same model found anew."""
+        wanted = self._spec.checkpoint
+        if Path(wanted.folder).exists():
+            return wanted
+        found = resolve(wanted.name, wanted.revision, wanted.trust_remote_code)
+        if found.weights_hash != wanted.weights_hash:
+            raise ModelError(
+                f"'{wanted.name}' on this node hashes to {found.weights_hash[:12]}, on the driver "
+                f"to {wanted.weights_hash[:12]}; give all nodes the same files"
+            )
+        return found

@@ -251,13 +251,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to go on\n")
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os._exit(1)
 
 
 def _keep_stdout_for_results() -> None:
-    """C libraries (HiGHS) print to descriptor 1 when they like; send that to stderr."""
+    """C libraries (HiGHS) print to descriptor 1 when they like; drop that."""
     results = os.dup(1)
-    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = os.fdopen(results, "w", encoding="utf-8", closefd=True)

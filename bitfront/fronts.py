@@ -130,7 +130,7 @@ def load_front(store: Store, job: Job) -> Front:
         points,
         {c.point: c for c in measured},
         unquantized.perplexity if unquantized else None,
-        tuple(_findings(points, heldout)),
+        tuple(_findings(points, heldout, {c.point for c in measured if c.certificate})),
     )
 
 
@@ -151,30 +151,38 @@ def _point(c: Candidate, loss: MapLoss, search: MapLoss | None, on_front: bool) 
     )
 
 
-def _findings(points: Sequence[Point], heldout: dict[str, MapLoss]) -> list[str]:
+def _findings(
+    points: Sequence[Point], heldout: dict[str, MapLoss], solved: set[int]
+) -> list[str]:
     """How the chosen maps compare with each control of the same bytes, in paired differences."""
     findings = []
     for control in (p for p in points if p.control):
+        name = f"the {control.control} map of {control.average_bits:.3g} bits (point {control.id})"
+        if control.id in solved:
+            findings.append(f"At its size, {name} is also the solver's choice.")
+            continue
         rivals = [p for p in points if not p.control and p.weight_bytes <= control.weight_bytes]
         best = min(rivals, key=lambda p: p.kl, default=None)
-        if best is None:
-            continue
-        ours, theirs = heldout[best.map_hash], heldout[control.map_hash]
-        gap = paired_difference(ours.kl_sums, theirs.kl_sums, ours.tokens)
-        name = f"the {control.control} map of {control.average_bits:.3g} bits (point {control.id})"
-        share = f"{best.kl / control.kl - 1:+.0%}" if control.kl > 0 else "n/a"
-        if gap.high < 0:
-            findings.append(f"Point {best.id} loses less than {name}: {share} KL at no more bytes.")
-        elif gap.low > 0:
-            findings.append(
-                f"Point {best.id} LOSES MORE than {name}: {share} KL. The mix is not worth it there."
-            )
-        else:
-            findings.append(
-                f"Point {best.id} and {name} can't be told apart on this text ({share} KL, "
-                f"95 % interval of the difference {gap.low:+.2g} to {gap.high:+.2g})."
-            )
+        if best is not None:
+            findings.append(_compare(best, control, name, heldout))
     return findings
+
+
+def _compare(ours: Point, control: Point, name: str, heldout: dict[str, MapLoss]) -> str:
+    mine, theirs = heldout[ours.map_hash], heldout[control.map_hash]
+    gap = paired_difference(mine.kl_sums, theirs.kl_sums, mine.tokens)
+    share = f"{ours.kl / control.kl - 1:+.0%} KL" if control.kl > 0 else f"{gap.mean:+.2g} nats"
+    if gap.high < 0:
+        return f"Point {ours.id} loses less than {name}: {share} at no more bytes."
+    if gap.low > 0:
+        return (
+            f"Point {ours.id} LOSES MORE than {name}: {share} at no more bytes. "
+            "A mix is not worth it there; take the control."
+        )
+    return (
+        f"Point {ours.id} and {name} can't be told apart on this text: {share}, 95 % interval of "
+        f"the difference {gap.low:+.2g} to {gap.high:+.2g} nats per token."
+    )
 
 
 @dataclass(frozen=True)

@@ -210,9 +210,14 @@ def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
     plan = run.plan
     candidates: dict[str, Candidate] = {}
 
-    def add(choice: Choice, origin: str, control: str | None = None, **more: object) -> None:
+    def add(
+        choice: Choice,
+        origin: str,
+        control: str | None = None,
+        certificate: dict[str, float] | None = None,
+    ) -> None:
         found = plan.map_hash(choice)
-        candidates.setdefault(
+        candidate = candidates.setdefault(
             found,
             Candidate(
                 job_id=run.job.id,
@@ -224,9 +229,10 @@ def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
                 weight_bytes=plan.weight_bytes(choice),
                 average_bits=plan.average_bits(choice),
                 finalist=False,
-                **more,
             ),
         )
+        # a control with a certificate is what the solver would have chosen, too
+        candidate.certificate = candidate.certificate or certificate
 
     any_problem = next(iter(problems.values()))
     uniforms = [

@@ -1,0 +1,256 @@
+"""The report of a job as one self-contained HTML page: the front, and which layer got what."""
+
+from collections import Counter
+from html import escape
+from math import log10
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from bitfront.fronts import Front, Point
+from bitfront.sizes import show_bytes
+from quantization.errors import ExportError
+from quantization.units import Layout, Unit
+
+INK, MUTED, ACCENT, CONTROL, RANDOM = "#1b1f24", "#6e7781", "#0b62d6", "#c2410c", "#9aa4af"
+
+STYLE = f"""
+body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; max-width: 1080px;
+       margin: 2.5rem auto; padding: 0 1.25rem; }}
+h1 {{ font-size: 1.6rem; margin: 0; }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .3rem; }}
+p, li {{ color: {INK}; }} .muted {{ color: {MUTED}; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }}
+td, th {{ padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e4e7eb; }}
+td:last-child, th:last-child {{ text-align: left; }} .off {{ color: {MUTED}; }}
+.bad {{ color: {CONTROL}; font-weight: 600; }}
+"""
+
+
+def write_report(front: Front, path: Path) -> None:
+    """Write the page; raises `ExportError` if it can't be written or there is nothing to show."""
+    if not front.points:
+        raise ExportError(f"job {front.job.id} has no measured points yet; nothing to draw")
+    figures = [front_figure(front), heat_map(front)]
+    divs = [
+        figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False})
+        for figure in figures
+    ]
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Bitfront: {escape(front.model.name)}</title><style>{STYLE}</style>
+<script>{get_plotlyjs()}</script></head><body>
+<h1>{escape(front.model.name)}</h1>
+<p class="muted">{escape(_facts(front))}</p>
+<h2>Loss against size, measured on held-out text</h2>{divs[0]}
+<h2>Against the controls</h2><ul>{_findings(front)}</ul>
+<h2>Bits by layer</h2>
+<p class="muted">Effective bits, scales included, for each unit of a map; choose a map above the
+figure.</p>{divs[1]}
+<h2>All points</h2>{_table(front)}
+<p class="muted">{escape(_method(front))}</p>
+</body></html>
+"""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"can't write '{path}' ({error})") from error
+
+
+def front_figure(front: Front) -> go.Figure:
+    """KL over size: front with intervals, prediction, controls, noise floor."""
+    figure = go.Figure()
+    chosen = [p for p in front.points if p.on_front]
+    figure.add_trace(_trace(
+        front, chosen, "front, measured (95 % interval)", ACCENT,
+        mode="lines+markers", intervals=True,
+    ))  # fmt: skip
+    predicted = [p for p in chosen if p.predicted_kl]
+    figure.add_trace(go.Scatter(
+        x=[p.weight_bytes / 1e6 for p in predicted], y=[p.predicted_kl for p in predicted],
+        name="the same maps, predicted", mode="markers",
+        marker={"symbol": "line-ew-open", "size": 15, "color": ACCENT, "line": {"width": 2}},
+        hovertemplate="predicted KL %{y:.4f}<extra></extra>",
+    ))  # fmt: skip
+    for control, color, symbol in (("uniform", CONTROL, "square"), ("random", RANDOM, "x")):
+        points = [p for p in front.points if p.control == control]
+        if points:
+            figure.add_trace(_trace(
+                front, points, f"{control} (control)", color, mode="markers", symbol=symbol,
+                intervals=True,
+            ))  # fmt: skip
+    floor = front.job.facts.get("noise_floor")
+    if floor:
+        figure.add_hline(y=floor, line={"dash": "dot", "color": MUTED, "width": 1})
+        figure.add_annotation(  # on a logarithmic axis annotations count in decades
+            x=0, xref="paper", xanchor="left", y=log10(floor), yanchor="bottom", showarrow=False,
+            text=f"noise of {front.job.facts['dtype']} arithmetic", font={"color": MUTED},
+        )  # fmt: skip
+    figure.update_yaxes(type="log", title="KL from the unquantized model, nats per token",
+                        dtick=1, gridcolor="#eceff2")
+    figure.update_xaxes(title="model weights, MB (everything that the file holds)",
+                        gridcolor="#eceff2")
+    figure.update_layout(
+        template="plotly_white", height=520, margin={"l": 70, "r": 20, "t": 10, "b": 55},
+        legend={"x": 0.99, "xanchor": "right", "y": 0.99}, font={"color": INK, "size": 14},
+    )  # fmt: skip
+    return figure
+
+
+def _trace(
+    front: Front,
+    points: list[Point],
+    name: str,
+    color: str,
+    mode: str,
+    symbol: str = "circle",
+    intervals: bool = False,
+) -> go.Scatter:
+    error = {
+        "type": "data", "symmetric": False, "thickness": 1.2, "width": 4, "color": color,
+        "array": [p.kl_high - p.kl for p in points],
+        "arrayminus": [min(p.kl - p.kl_low, 0.999 * p.kl) for p in points],
+    }  # fmt: skip
+    return go.Scatter(
+        x=[p.weight_bytes / 1e6 for p in points],
+        y=[p.kl for p in points],
+        error_y=error if intervals else None,
+        name=name,
+        mode=mode,
+        line={"color": color, "width": 1.5},
+        marker={"symbol": symbol, "size": 9, "color": color},
+        customdata=[
+            [p.id, p.average_bits, p.perplexity, front.candidates[p.id].origin] for p in points
+        ],
+        hovertemplate="point %{customdata[0]}: %{customdata[3]}<br>%{x:.1f} MB, "
+        "%{customdata[1]:.3f} bits<br>KL %{y:.4f}, perplexity %{customdata[2]:.2f}<extra></extra>",
+    )
+
+
+def heat_map(front: Front) -> go.Figure:
+    """Bits of each unit: rows are kinds of unit, columns layers; a menu switches maps."""
+    layout = Layout.from_json(front.model.layout)
+    rows = _rows(layout)
+    shown = [p for p in front.points if p.on_front] or list(front.points)
+    grids = [_grid(front, layout, rows, point) for point in shown]
+    values = [value for values, _ in grids for row in values for value in row if value is not None]
+    layers = 1 + max((unit.layer or 0) for unit in layout.units)
+    figure = go.Figure()
+    start = len(shown) // 2
+    for i, (bits, texts) in enumerate(grids):
+        figure.add_trace(go.Heatmap(
+            z=bits, text=texts, x=list(range(layers)), y=rows, visible=i == start, xgap=1, ygap=2,
+            zmin=min(values), zmax=max(values), colorscale="Viridis", reversescale=True,
+            colorbar={"title": "bits", "thickness": 14},
+            hovertemplate="layer %{x}, %{y}<br>%{text}<extra></extra>",
+        ))  # fmt: skip
+    buttons = [
+        {
+            "label": f"point {p.id}: {p.average_bits:.2f} bits, KL {p.kl:.3g}",
+            "method": "update",
+            "args": [{"visible": [j == i for j in range(len(shown))]}],
+        }
+        for i, p in enumerate(shown)
+    ]
+    figure.update_layout(
+        template="plotly_white", height=130 + 46 * len(rows), font={"color": INK, "size": 14},
+        margin={"l": 10, "r": 10, "t": 60, "b": 50},
+        updatemenus=[{"buttons": buttons, "active": start, "x": 0, "xanchor": "left", "y": 1.28,
+                      "yanchor": "top"}],
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title="layer")
+    return figure
+
+
+def _rows(layout: Layout) -> list[str]:
+    """Kinds of unit in the order of a block, such as `self_attn.o_proj`."""
+    return list(dict.fromkeys(_kind(unit) for unit in layout.units if unit.layer is not None))
+
+
+def _kind(unit: Unit) -> str:
+    """A unit's name without what depends on the layer."""
+    return unit.name.partition(f".{unit.layer}.")[2]
+
+
+def _grid(
+    front: Front, layout: Layout, rows: list[str], point: Point
+) -> tuple[list[list[float | None]], list[list[str]]]:
+    from quantization.formats import FORMATS
+
+    layers = 1 + max((unit.layer or 0) for unit in layout.units)
+    bits: list[list[float | None]] = [[None] * layers for _ in rows]
+    texts = [[""] * layers for _ in rows]
+    schemes = front.candidates[point.id].schemes
+    for unit, scheme in zip(layout.units, schemes, strict=True):
+        if unit.layer is None:
+            continue
+        format = FORMATS[scheme.partition("/")[0]]
+        row = rows.index(_kind(unit))
+        nbytes = sum(format.nbytes(site.shape) for site in unit.stored)
+        bits[row][unit.layer] = 8 * nbytes / unit.numel
+        texts[row][unit.layer] = scheme
+    return bits, texts
+
+
+def _facts(front: Front) -> str:
+    layout = Layout.from_json(front.model.layout)
+    pinned = sum(1 for row in front.job.facts["choices"] if len(row) == 1)
+    reference = front.reference_perplexity
+    return (
+        f"Job {front.job.id}, {front.job.state}. {len(layout.units) - pinned} units decided, "
+        f"{pinned} pinned, {len(layout.kept)} kept in full precision. Weights "
+        f"{front.model.weights_hash[:12]}."
+        + (f" Unquantized perplexity {reference:.2f}." if reference else "")
+    )
+
+
+def _method(front: Front) -> str:
+    facts, texts = front.job.facts, front.job.config["texts"]
+    held = texts["heldout"]
+    fit = facts.get("calibration", {}).get(facts.get("predicts", ""), {})
+    words = (
+        f"KL and perplexity on {held['chunks']} chunks of {held['length']} tokens of "
+        f"{held['source']}, which neither calibration nor search has seen; intervals are "
+        f"Student's t over chunks. Quantizer {facts['quantizer']}, arithmetic {facts['dtype']}."
+    )
+    if fit:
+        words += (
+            f" Predictions: {facts['predicts']}, gain {fit['gain']:.3g} fitted on {fit['maps']} "
+            f"maps of the search text, residual {fit['residual']:.2g} (log)."
+        )
+    return words
+
+
+def _findings(front: Front) -> str:
+    items = (
+        f'<li class="{"bad" if "LOSES MORE" in finding else ""}">{escape(finding)}</li>'
+        for finding in front.findings
+    )
+    return "".join(items)
+
+
+def _table(front: Front) -> str:
+    head = ("point", "bits", "size", "KL", "95 %", "perplexity", "predicted KL", "search KL",
+            "schemes", "what")  # fmt: skip
+    rows = "".join(_table_row(front, point) for point in front.points)
+    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{rows}</table>"
+
+
+def _table_row(front: Front, point: Point) -> str:
+    def number(value: float | None, digits: int = 4) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    counts = Counter(front.candidates[point.id].schemes)
+    cells: list[Any] = [
+        point.id, f"{point.average_bits:.3f}", show_bytes(point.weight_bytes), number(point.kl),
+        f"{number(point.kl_low)} to {number(point.kl_high)}", number(point.perplexity, 2),
+        number(point.predicted_kl), number(point.search_kl),
+        ", ".join(f"{n} {name}" for name, n in counts.most_common()),
+        front.candidates[point.id].origin,
+    ]  # fmt: skip
+    style = "" if point.on_front else ' class="off"'
+    return f"<tr{style}>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"

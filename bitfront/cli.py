@@ -145,10 +145,10 @@ def query(
     from bitfront.querying import run_query
 
     limits = {
-        "weight_bytes": max_size and _bytes(max_size),
+        "weight_bytes": _bytes(max_size) if max_size else None,
         "average_bits": max_bits,
         "kl": max_kl,
-        "memory_bytes": max_memory and _bytes(max_memory),
+        "memory_bytes": _bytes(max_memory) if max_memory else None,
     }
     run_query(_open(store), job, limits, batch, context, as_json)
 

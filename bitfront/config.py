@@ -78,6 +78,7 @@ def load_config(model: str, file: Path | None, overrides: dict[str, Any]) -> Job
     """The configuration of a job.
 
     Args:
+        model: what the user named; `demo` has a preset of its own.
         file: a YAML file whose fields replace the preset's.
         overrides: fields given on the command line; dots go into nested ones
             (`texts.search.source`), None is skipped.

@@ -28,9 +28,7 @@ def export_point(
     point = front.point(number)
     if point is None:
         known = ", ".join(str(p.id) for p in front.points) or "none"
-        raise ExportError(
-            f"job {front.job.id} has no measured point {number}; there are: {known}"
-        )
+        raise ExportError(f"job {front.job.id} has no measured point {number}; there are: {known}")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ExportError(f"'{folder}' is not empty; choose another folder, or add --force")
     precision_map = _precision_map(front, point)
@@ -62,6 +60,7 @@ def _write_checked(target: Target, export: Export, folder: Path) -> dict[str, An
         work.chmod(0o755)
         folder.mkdir(exist_ok=True)
         for file in work.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner may read
             os.replace(file, folder / file.name)
     except OSError as error:
         raise ExportError(f"can't write the export to '{folder}' ({error})") from error
@@ -77,9 +76,7 @@ def _precision_map(front: Front, point: Point) -> PrecisionMap:
     return build_map(
         Layout.from_json(model.layout),
         schemes,
-        ModelEntry(
-            name=model.name, weights_hash=model.weights_hash, revision=model.revision
-        ),
+        ModelEntry(name=model.name, weights_hash=model.weights_hash, revision=model.revision),
         {
             "job": job.id,
             "point": point.id,
@@ -103,9 +100,7 @@ def _formats(scheme: str) -> tuple[str, str]:
     return weight, activation or "bf16"
 
 
-def _with_model(
-    store: Store, front: Front, point: Point, precision_map: PrecisionMap
-) -> Export:
+def _with_model(store: Store, front: Front, point: Point, precision_map: PrecisionMap) -> Export:
     """Rebuild the candidate from the bank, and find the chunks that it was measured on."""
     from bitfront.config import JobConfig
     from bitfront.plan import make_plan

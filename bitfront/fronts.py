@@ -151,9 +151,7 @@ def _point(c: Candidate, loss: MapLoss, search: MapLoss | None, on_front: bool) 
     )
 
 
-def _findings(
-    points: Sequence[Point], heldout: dict[str, MapLoss], solved: set[int]
-) -> list[str]:
+def _findings(points: Sequence[Point], heldout: dict[str, MapLoss], solved: set[int]) -> list[str]:
     """How the chosen maps compare with each control of the same bytes, in paired differences."""
     findings = []
     for control in (p for p in points if p.control):

@@ -22,7 +22,7 @@ from search.calibration import Calibration, fit_gain
 from search.controls import random_at, uniform
 from search.exact import sweep
 from search.problem import Problem
-from sensitivity import ESTIMATORS, RawTable, Share, merge
+from sensitivity import ESTIMATORS, RawTable, merge
 from store.database import Store
 from store.queries import (
     QualityKey,
@@ -119,13 +119,14 @@ def _open_job(plan: Plan, store: Store) -> Job:
             name=plan.name,
             revision=checkpoint.revision,
             layout=plan.layout.to_json(),
-            facts={"folder": checkpoint.folder, "source": checkpoint.name,
-                   "trust_remote_code": checkpoint.trust_remote_code},
+            facts={
+                "folder": checkpoint.folder,
+                "source": checkpoint.name,
+                "trust_remote_code": checkpoint.trust_remote_code,
+            },
         ),
     )
-    job = open_job(
-        store, plan.key, checkpoint.weights_hash, plan.config.model_dump(mode="json")
-    )
+    job = open_job(store, plan.key, checkpoint.weights_hash, plan.config.model_dump(mode="json"))
     facts = {
         "menu": [scheme.name for scheme in plan.menu],
         "choices": [[scheme.name for scheme in row] for row in plan.choices],
@@ -251,8 +252,12 @@ def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
         limits = [budget - plan.other_bytes for budget in plan.budgets]
         solutions = sweep(problem, weight_bytes.RESOURCE, limits)
         for budget, solution in zip(plan.budgets, solutions, strict=True):
-            certificate = {"budget": budget, "raw_loss": solution.loss,
-                           "raw_bound": solution.bound, "gap": solution.gap}
+            certificate = {
+                "budget": budget,
+                "raw_loss": solution.loss,
+                "raw_bound": solution.bound,
+                "gap": solution.gap,
+            }
             origin = f"{estimator}, at most {budget:,} bytes"
             add(solution.choice, origin, certificate=certificate)
     save_candidates(run.store, candidates.values())
@@ -359,9 +364,7 @@ def _choose_finalists(run: Run, candidates: list[Candidate]) -> list[Candidate]:
     measured = losses(run.store, run.quality, candidates, run.plan.texts["search"].hashes)
     chosen = {c.map_hash for c in candidates if c.control}
     for budget in run.plan.budgets:
-        fitting = [
-            c for c in candidates if c.weight_bytes <= budget and c.map_hash in measured
-        ]
+        fitting = [c for c in candidates if c.weight_bytes <= budget and c.map_hash in measured]
         if fitting:
             best = min(fitting, key=lambda c: (measured[c.map_hash].kl.mean, c.weight_bytes))
             chosen.add(best.map_hash)

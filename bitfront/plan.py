@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,8 +122,7 @@ def make_plan(config: JobConfig) -> Plan:
         raise ConfigError("the menu leaves nothing to decide: every unit is pinned to one scheme")
     columns = tuple(menu(choices))
     requests = {
-        role: TextRequest(text.source, text.chunks, text.length)
-        for role, text in config.texts
+        role: TextRequest(text.source, text.chunks, text.length) for role, text in config.texts
     }
     plan = Plan(
         config=config,
@@ -141,9 +141,7 @@ def make_plan(config: JobConfig) -> Plan:
     return Plan(**{**vars(plan), "budgets": _budgets(plan)})
 
 
-def _choices(
-    unit: Unit, schemes: Sequence[Scheme], pins: dict[str, Scheme]
-) -> tuple[Scheme, ...]:
+def _choices(unit: Unit, schemes: Sequence[Scheme], pins: dict[str, Scheme]) -> tuple[Scheme, ...]:
     """A pinned unit's only scheme, or those of the menu that apply to its shapes."""
     from quantization.formats import FORMATS
 
@@ -166,11 +164,19 @@ def _choices(
 def _budgets(plan: Plan) -> tuple[int, ...]:
     """The job's budgets in weight bytes, checked against the smallest map."""
     table = plan.bytes_table
-    fixed = int(table[~plan.open_units].max(axis=1, initial=0, where=plan.offered[~plan.open_units])
-                .sum()) + plan.other_bytes
+    fixed = (
+        int(
+            table[~plan.open_units]
+            .max(axis=1, initial=0, where=plan.offered[~plan.open_units])
+            .sum()
+        )
+        + plan.other_bytes
+    )
     wanted = [fixed + int(bits * plan.quantizable_numel / 8) for bits in plan.config.budgets]
     wanted += plan.config.budgets_bytes
-    smallest = plan.other_bytes + plan.problem(np.zeros(table.shape)).smallest(weight_bytes.RESOURCE)
+    smallest = plan.other_bytes + plan.problem(np.zeros(table.shape)).smallest(
+        weight_bytes.RESOURCE
+    )
     for budget in wanted:
         if budget < smallest:
             bits = 8 * (smallest - fixed) / plan.quantizable_numel
@@ -189,4 +195,4 @@ def _default_budgets(plan: Plan) -> list[int]:
     problem = plan.problem(np.zeros(plan.bytes_table.shape))
     maps = [uniform(problem, column) for column in range(len(plan.menu))]
     sizes = sorted({plan.weight_bytes(choice) for choice in maps if choice is not None})
-    return sizes + [(a + b) // 2 for a, b in zip(sizes, sizes[1:], strict=False)]
+    return sizes + [(a + b) // 2 for a, b in pairwise(sizes)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -49,7 +49,7 @@ class RichProgress:
             speed_estimate_period=60,
         )
 
-    def __enter__(self) -> "RichProgress":
+    def __enter__(self) -> Self:
         self._bars.start()
         return self
 

@@ -93,7 +93,7 @@ def show_formats(shape: str, as_json: bool) -> None:
             raise ValueError
     except ValueError:
         raise BitfrontError(f"'{shape}' is not a shape such as 4096x11008") from None
-    entries = []
+    entries: list[dict[str, Any]] = []
     for name in FORMATS:
         format = FORMATS[name]
         applies = format.refusal((rows, columns)) is None

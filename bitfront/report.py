@@ -89,10 +89,15 @@ def front_figure(front: Front) -> go.Figure:
             x=0, xref="paper", xanchor="left", y=log10(floor), yanchor="bottom", showarrow=False,
             text=f"noise of {front.job.facts['dtype']} arithmetic", font={"color": MUTED},
         )  # fmt: skip
-    figure.update_yaxes(type="log", title="KL from the unquantized model, nats per token",
-                        dtick=1, gridcolor="#eceff2")
-    figure.update_xaxes(title="model weights, MB (everything that the file holds)",
-                        gridcolor="#eceff2")
+    figure.update_yaxes(
+        type="log",
+        title="KL from the unquantized model, nats per token",
+        dtick=1,
+        gridcolor="#eceff2",
+    )
+    figure.update_xaxes(
+        title="model weights, MB (everything that the file holds)", gridcolor="#eceff2"
+    )
     figure.update_layout(
         template="plotly_white", height=520, margin={"l": 70, "r": 20, "t": 10, "b": 55},
         legend={"x": 0.99, "xanchor": "right", "y": 0.99}, font={"color": INK, "size": 14},

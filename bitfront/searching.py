@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import Any
 
 from rich.table import Table
 
@@ -21,9 +22,7 @@ from workers.session import SessionSpec
 NO_RAY = "none"
 
 
-def run(
-    config: JobConfig, store: Store, address: str, workers: int | None, as_json: bool
-) -> None:
+def run(config: JobConfig, store: Store, address: str, workers: int | None, as_json: bool) -> None:
     """Run a job to its end and print its front."""
     start = time.monotonic()
 
@@ -68,8 +67,9 @@ def dry_run(config: JobConfig, as_json: bool) -> None:
     print_table(units)
     sizes = Table("uniform map", "average bits", "weights")
     for entry in document["uniform"]:
-        sizes.add_row(entry["scheme"], f"{entry['average_bits']:.4f}",
-                      show_bytes(entry["weight_bytes"]))
+        sizes.add_row(
+            entry["scheme"], f"{entry['average_bits']:.4f}", show_bytes(entry["weight_bytes"])
+        )
     print_table(sizes)
     errors.print(_summary(plan), highlight=False)
     errors.print(
@@ -92,7 +92,7 @@ def _summary(plan: Plan) -> str:
     return text
 
 
-def _document(plan: Plan) -> dict[str, object]:
+def _document(plan: Plan) -> dict[str, Any]:
     problem = plan.problem(plan.bytes_table.astype(float))
     maps = {i: uniform(problem, i) for i in range(len(plan.menu))}
     uniforms = [

@@ -27,10 +27,12 @@ class SafetensorsCheckpoint(Target):
         """See `Target.write`."""
         evaluator = export.evaluator
         assert evaluator is not None
-        evaluator.model.assign([
-            Scheme(unit.scheme.weight, unit.scheme.activation)
-            for unit in export.precision_map.units
-        ])
+        evaluator.model.assign(
+            [
+                Scheme(unit.scheme.weight, unit.scheme.activation)
+                for unit in export.precision_map.units
+            ]
+        )
         module = evaluator.model.module
         module.config.dtype = evaluator.bank.dtype
         module.save_pretrained(folder)
@@ -40,7 +42,9 @@ class SafetensorsCheckpoint(Target):
     def check(self, export: Export, folder: Path) -> dict[str, Any]:
         """Load with transformers and repeat the measurement."""
         evaluator, chunks, measured = export.evaluator, export.chunks, export.measured_kl
-        assert evaluator is not None and chunks is not None and measured is not None
+        assert evaluator is not None
+        assert chunks is not None
+        assert measured is not None
         checkpoint = evaluator.bank.checkpoint
         reloaded = load_model(
             Checkpoint("reload", str(folder), "", None, checkpoint.trust_remote_code),

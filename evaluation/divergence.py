@@ -89,7 +89,7 @@ class Head:
             actual = self.logits(probe, self.weight).float()
         scale = float((plain * actual).sum() / (plain * plain).sum())
         error = float((actual - scale * plain).abs().max() / actual.abs().max())
-        if error > 0.02 or not error == error:
+        if not error <= 0.02:  # NaN included
             return None
         return 1.0 if abs(scale - 1) < 1e-3 else scale
 
@@ -101,6 +101,7 @@ def divergence(
     """KL(p || q) and the candidate's negative log-likelihood, summed over T tokens.
 
     Args:
+        head: the model's, built on the reference.
         p_TH: hidden states of the reference, tokens x width.
         q_TH: hidden states of the candidate, tokens x width.
         targets_T: the token that follows each position.

@@ -1,12 +1,10 @@
 """The evaluator: one candidate on one chunk of text, against the unquantized model."""
 
 import hashlib
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor
 from evaluation.assembly import AssembledModel
 from evaluation.divergence import Head, Loss, divergence
 from quantization.bank import Bank
-from quantization.cache import cache_dir
+from quantization.cache import cache_dir, write_whole
 from quantization.checkpoints import load_model
 from quantization.errors import MeasurementError
 from quantization.schemes import Scheme
@@ -73,9 +71,7 @@ class Evaluator:
                 + ("the unquantized model" if schemes is None else "a candidate")
                 + f" in {_name(self.bank.dtype)}; try --dtype float32"
             )
-        return Measurement(
-            loss.kl_sum, loss.nll_sum, loss.tokens, time.perf_counter() - start
-        )
+        return Measurement(loss.kl_sum, loss.nll_sum, loss.tokens, time.perf_counter() - start)
 
     def compare(self, p_TH: Tensor, q_TH: Tensor, ids: Ids, q_weight: Tensor) -> Loss:
         """The loss of final hidden states `q_TH` (and a head) on a chunk."""
@@ -95,7 +91,7 @@ class Evaluator:
                         "NaN or infinity in the unquantized model's hidden states in "
                         f"{_name(self.bank.dtype)}; try --dtype float32, or check the checkpoint"
                     )
-                _write(path, states)
+                write_whole(path, partial(save_file, {"hidden": states.cpu().contiguous()}))
             self._states[key] = load_file(path)["hidden"].to(self.model.device)
         return self._states[key]
 
@@ -119,17 +115,6 @@ class Evaluator:
             batch = torch.from_numpy(ids)[None].to(self.model.device)
             states: Tensor = module.base_model(input_ids=batch, use_cache=False).last_hidden_state
             return states[0]
-
-
-def _write(path: Path, states: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, work = tempfile.mkstemp(dir=path.parent, prefix="writing-")
-    os.close(descriptor)
-    try:
-        save_file({"hidden": states.cpu().contiguous()}, work)
-        os.replace(work, path)
-    finally:
-        Path(work).unlink(missing_ok=True)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -72,8 +72,10 @@ def find_units(model: nn.Module) -> Layout:
             else:
                 reasons[f"{path}.weight"] = reason
 
-    blocks = [_unit("experts" if key[1] == "experts" else "linear", sites)
-              for key, sites in groups.items()]
+    blocks = [
+        _unit("experts" if key[1] == "experts" else "linear", sites)
+        for key, sites in groups.items()
+    ]
     if not blocks:
         raise ModelError(
             "none of the model's layers can be quantized: "
@@ -115,7 +117,8 @@ def _trace(model: nn.Module, experts: list[nn.Module]) -> _Trace:
             module.register_forward_pre_hook(watch(path))
     for module in experts:  # their loops depend on data, which fake tensors don't have
         module.forward = lambda hidden, *_, **__: torch.empty_like(hidden)
-    failure, cache = None, ()
+    failure: str | None = None
+    cache: tuple[CacheLayer, ...] = ()
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it prints a traceback; the reason below is enough
@@ -216,7 +219,7 @@ def _linear_site(path: str, module: nn.Module) -> Site:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 

@@ -9,10 +9,9 @@ pointers.
 """
 
 import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantization.cache import cache_dir
+from quantization.cache import cache_dir, write_whole
 from quantization.checkpoints import Checkpoint, load_model
 from quantization.errors import BankError, QuantizationError
 from quantization.formats import FORMATS
@@ -107,14 +106,18 @@ class Bank:
 
     def _build_unit(self, unit: Unit, schemes: Sequence[Scheme], parameters: Tensors) -> int:
         written = 0
-        for scheme in (REFERENCE, *schemes):
+        wanted: list[Scheme | str] = [REFERENCE, *schemes]
+        for scheme in wanted:
             path = self._path(unit, scheme)
             if path.exists():
                 continue
-            self._write(path, {
-                site.parameter: self._render(parameters[site.parameter], site, scheme)
-                for site in unit.stored
-            })
+            self._write(
+                path,
+                {
+                    site.parameter: self._render(parameters[site.parameter], site, scheme)
+                    for site in unit.stored
+                },
+            )
             written += 1
         return written
 
@@ -144,29 +147,24 @@ class Bank:
         return self.folder / f"rest-{_short(units)}.safetensors"
 
     def _entries(self, choices: Choices) -> list[tuple[Unit, Scheme | str]]:
-        return [
-            (unit, scheme)
-            for unit, schemes in zip(self.layout.units, choices, strict=True)
-            for scheme in (REFERENCE, *schemes)
-        ]
+        entries: list[tuple[Unit, Scheme | str]] = []
+        for unit, schemes in zip(self.layout.units, choices, strict=True):
+            entries += [(unit, REFERENCE), *((unit, scheme) for scheme in schemes)]
+        return entries
 
     def _check_space(self, choices: Choices) -> None:
         """Refuse before the first byte what the disk can't hold."""
         missing = set(self.missing(choices))
         files = {self._path(unit, scheme): unit.numel for unit, scheme in self._entries(choices)}
-        needed = sum(numel * self.dtype.itemsize for path, numel in files.items() if path in missing)
+        needed = sum(
+            numel * self.dtype.itemsize for path, numel in files.items() if path in missing
+        )
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(f"it needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free")
 
     def _write(self, path: Path, tensors: Tensors) -> None:
-        descriptor, work = tempfile.mkstemp(dir=self.folder, prefix="writing-")
-        os.close(descriptor)
-        try:
-            save_file(tensors, work)
-            os.replace(work, path)
-        finally:
-            Path(work).unlink(missing_ok=True)
+        write_whole(path, partial(save_file, tensors))
 
     def _read(self, path: Path) -> Tensors:
         if path not in self._maps:

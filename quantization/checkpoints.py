@@ -44,9 +44,7 @@ class Checkpoint:
     trust_remote_code: bool = False
 
 
-def resolve(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> Checkpoint:
+def resolve(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """Find (download, import) a model.
 
     Raises:
@@ -140,9 +138,7 @@ def _weight_files(path: Path) -> list[Path]:
     if len(ggufs) == 1:
         return ggufs
     if ggufs:
-        raise ModelError(
-            f"'{path}' holds {len(ggufs)} GGUF files; name one, such as '{ggufs[0]}'"
-        )
+        raise ModelError(f"'{path}' holds {len(ggufs)} GGUF files; name one, such as '{ggufs[0]}'")
     raise ModelError(f"'{path}' holds no config.json with .safetensors weights, and no GGUF file")
 
 

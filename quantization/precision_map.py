@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from quantization.errors import ModelError
 from quantization.units import Layout
 
-SCHEMA_VERSION = 1
-
 
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,7 +52,7 @@ class ModelEntry(_Closed):
 class PrecisionMap(_Closed):
     """The document: `map_hash` covers what is stored how, not who found it."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     map_hash: str
     model: ModelEntry
     units: tuple[UnitEntry, ...]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from search.problem import Choice, Problem
+from search.problem import Choice, Ints, Problem
 
 
 def uniform(problem: Problem, scheme: int) -> Choice | None:
@@ -22,10 +22,10 @@ def random_at(
     From each unit's cheapest scheme, random units step to random affordable schemes until nothing
     dearer fits, so that the control isn't handicapped by bytes that it left unused.
     """
-    cost = np.where(problem.offered, problem.costs[resource], np.iinfo(np.int64).max)
+    cost: Ints = np.where(problem.offered, problem.costs[resource], np.iinfo(np.int64).max)
     rows = np.arange(len(cost))
     problem.check_limits({resource: limit})
-    choice = cost.argmin(axis=1).astype(np.intp)
+    choice: Choice = cost.argmin(axis=1).astype(np.intp)
     room = limit - problem.total_cost(choice, resource)
     for u in generator.permutation(len(choice)):
         affordable = np.flatnonzero(cost[u] - cost[u, choice[u]] <= room)

@@ -50,9 +50,7 @@ def _solve_one(problem: Problem, resource: str, limit: int, steps: Steps) -> Sol
     if distance <= RELATIVE_GAP * abs(greedy.loss):
         return greedy
     slack = distance * (1 + 1e-6)
-    open_ = problem.offered & (
-        reduced_costs(problem, resource, relaxed.multiplier) <= slack
-    )
+    open_ = problem.offered & (reduced_costs(problem, resource, relaxed.multiplier) <= slack)
     exact = _highs(problem, {resource: limit}, open_)
     best = exact if exact.loss <= greedy.loss else greedy
     # what was closed can't beat greedy, so HiGHS's bound on the rest holds for the whole
@@ -100,7 +98,7 @@ def _solve_open(
         constraints.append(LinearConstraint(cost[None, :] / step, -np.inf, room // step))
     result = milp(
         loss / scale,
-        integrality=np.ones(len(rows)),
+        integrality=np.ones(len(rows), dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"mip_rel_gap": RELATIVE_GAP},

@@ -8,6 +8,7 @@ schemes can't be in any better one.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def hull_steps(problem: Problem, resource: str) -> Steps:
     ):
         corners = _corners(loss, cost, np.flatnonzero(offered))
         start[u] = corners[0]
-        for a, b in zip(corners, corners[1:], strict=False):
+        for a, b in pairwise(corners):
             spent = int(cost[b] - cost[a])
             steps.append(((loss[a] - loss[b]) / spent, u, b, spent))
     steps.sort(key=lambda step: (-step[0], step[1]))  # stable: a unit's own slopes fall strictly
@@ -85,9 +86,7 @@ def relax(problem: Problem, resource: str, limit: int, steps: Steps) -> Relaxati
 
 def reduced_costs(problem: Problem, resource: str, multiplier: float) -> Floats:
     """By how much choosing each entry raises the relaxation's bound (U x S, inf not offered)."""
-    value = np.where(
-        problem.offered, problem.loss + multiplier * problem.costs[resource], np.inf
-    )
+    value = np.where(problem.offered, problem.loss + multiplier * problem.costs[resource], np.inf)
     reduced: Floats = value - value.min(axis=1, keepdims=True)
     return reduced
 

@@ -8,6 +8,7 @@ units, so that tasks over ranges of both can run on any worker and be merged.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,7 @@ class Estimator(ABC):
             model: the replica; its bank holds reference and quantized tensors.
             chunks: all calibration chunks, chunks x tokens of ids.
             choices: the schemes of each unit of the layout.
+            share: the ranges of units and chunks to work on.
 
         Returns:
             A table over all units; zero sums and tokens outside the share.
@@ -84,7 +86,7 @@ def split(length: int, parts: int) -> list[tuple[int, int]]:
     """Cut `range(length)` into at most `parts` nearly equal half-open ranges."""
     parts = max(1, min(parts, length))
     edges = [length * i // parts for i in range(parts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def menu(choices: Sequence[Sequence[Scheme]]) -> list[Scheme]:
@@ -122,6 +124,6 @@ def add_scores(
 
 
 def site_error(bank: Bank, unit: Unit, scheme: Scheme, site: Site) -> Tensor:
-    """dW of a site in float32, as the model stores it: what ships less the reference."""
+    """DW of a site in float32, as the model stores it: what ships less the reference."""
     shipped = bank.tensors(unit, scheme)[site.parameter].float()
     return shipped - bank.reference(unit)[site.parameter].float()

@@ -8,6 +8,7 @@ makes of the output, so comparable within a layer rather than between layers.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,8 +53,9 @@ class OutputError(Estimator):
         table = empty_table(choices)
         part = range(*share.units)
         units = model.bank.layout.units
-        watched = [site for u in part if units[u].kind in ("linear", "experts")
-                   for site in units[u].sites]
+        watched = [
+            site for u in part if units[u].kind in ("linear", "experts") for site in units[u].sites
+        ]
         moments = SecondMoments()
         model.assign(None)
         with torch.inference_mode():
@@ -64,7 +66,7 @@ class OutputError(Estimator):
                     )
             for u in part:
                 table.tokens[u] = chunks[slice(*share.chunks)].size
-                add_scores(table, u, choices, lambda s, u=u: moments.error(model, units[u], s))
+                add_scores(table, u, choices, partial(moments.error, model, units[u]))
         return table
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import Engine, String, column, create_engine, event, make_url, select, table
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -56,7 +56,9 @@ class Store:
         """The store's schema revision; None for an empty database."""
         try:
             with self.engine.connect() as connection:
-                found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}"))
+                found = connection.execute(
+                    select(column("version_num", String)).select_from(table(VERSION_TABLE))
+                )
                 return str(found.scalar_one())
         except DBAPIError as error:
             if "no such table" in str(error.orig) or "does not exist" in str(error.orig):

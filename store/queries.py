@@ -43,9 +43,7 @@ def open_job(store: Store, key: str, weights_hash: str, config: dict[str, Any]) 
     with store.session() as session:
         job = session.scalar(select(Job).where(Job.key == key))
         if job is None:
-            job = Job(
-                key=key, weights_hash=weights_hash, state="running", config=config, facts={}
-            )
+            job = Job(key=key, weights_hash=weights_hash, state="running", config=config, facts={})
             session.add(job)
         elif job.state == "failed":
             job.state, job.error = "running", None

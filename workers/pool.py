@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from quantization.errors import BitfrontError
 from workers.session import Session, SessionSpec
@@ -67,7 +67,7 @@ class Pool(ABC):
         for _ in range(count):
             yield self.next()
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

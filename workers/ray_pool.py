@@ -51,9 +51,7 @@ class RayPool(Pool):
         workers: how many actors; by default one a GPU, or up to eight a machine.
     """
 
-    def __init__(
-        self, spec: SessionSpec, address: str = LOCAL, workers: int | None = None
-    ) -> None:
+    def __init__(self, spec: SessionSpec, address: str = LOCAL, workers: int | None = None) -> None:
         _connect(address)
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), max(int(resources.get("CPU", 1)), 1)

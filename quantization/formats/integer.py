@@ -98,9 +98,7 @@ class Integer(Format):
         codes = unpack_bits(packed.tensors["codes"], self.bits, columns) - offset
         grid: Grid = {"scales": packed.tensors["scales"]}
         if self.asymmetric:
-            grid["zeros"] = unpack_bits(
-                packed.tensors["zeros"], self.bits, self._groups(columns)
-            )
+            grid["zeros"] = unpack_bits(packed.tensors["zeros"], self.bits, self._groups(columns))
         return codes, grid
 
     def _groups(self, columns: int) -> int:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 BLOCK_BYTES = 32 * 2**20  # of float32 logits; 128 tokens of 49,152 words were fastest on 2 cores
 PROBE_SCALE = 100.0  # large enough that a soft cap on the logits bends
@@ -32,6 +31,19 @@ class Loss:
     kl_sum: float
     nll_sum: float
     tokens: int
+
+
+class _BodyOutput:
+    """Stands for the output of a model's body, whichever class that is: other fields are None."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        self.last_hidden_state = hidden_states
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class Head:
@@ -60,7 +72,7 @@ class Head:
             return hidden_NH @ weight.T
         body = self._model.base_model
         original, assigned = body.forward, self._parameter.data
-        body.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden_NH[None])
+        body.forward = lambda *_, **__: _BodyOutput(hidden_NH[None])
         self._parameter.data = weight
         try:
             ids = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)

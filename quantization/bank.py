@@ -85,7 +85,9 @@ class Bank:
                 progress(self._build_unit(unit, schemes, parameters))
                 for site in unit.stored:
                     del parameters[site.parameter]
-            self._write(self._rest_path(), {n: _as(t, self.dtype) for n, t in parameters.items()})
+            if not self._rest_path().exists():
+                rest = {name: _as(tensor, self.dtype) for name, tensor in parameters.items()}
+                self._write(self._rest_path(), rest)
         except (OSError, SafetensorError) as error:
             raise BankError(
                 f"can't write the bank to '{self.folder}' ({error}); what is complete stays: "

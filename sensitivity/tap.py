@@ -27,12 +27,13 @@ class Tap(TorchFunctionMode):
     """Calls `visit` for every product with a weight of the given sites.
 
     Weights are recognised by their address, which finds packed experts as well: eager expert
-    code multiplies with a slice of the 3-D parameter.
+    code multiplies with a slice of the 3-D parameter. Inside the context experts run eagerly.
     """
 
     def __init__(self, model: AssembledModel, sites: Iterable[Site], visit: Visit) -> None:
         super().__init__()
         self._visit = visit
+        self._config = model.module.config
         self._sites: dict[int, tuple[Site, int]] = {}
         for site in sites:
             parameter = model.parameter(site.parameter)
@@ -40,6 +41,19 @@ class Tap(TorchFunctionMode):
             stride = parameter.numel() // experts * parameter.element_size()
             for expert in range(experts):
                 self._sites[parameter.data_ptr() + expert * stride] = site, expert
+
+    def __enter__(self) -> "Tap":
+        # transformers' grouped kernels would hide the products of single experts
+        self._experts = getattr(self._config, "_experts_implementation", None)
+        if self._experts is not None:
+            self._config._experts_implementation = "eager"
+        super().__enter__()
+        return self
+
+    def __exit__(self, *arguments: Any) -> None:
+        super().__exit__(*arguments)
+        if self._experts is not None:
+            self._config._experts_implementation = self._experts
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

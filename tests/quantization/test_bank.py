@@ -1,0 +1,126 @@
+"""The bank: quantized once, mapped and never copied, whole or absent."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from quantization import bank as bank_module
+from quantization.adapter import describe
+from quantization.bank import Bank
+from quantization.checkpoints import load_model
+from quantization.errors import BankError, QuantizationError
+from quantization.formats import FORMATS
+from quantization.quantizers import QUANTIZERS
+from quantization.schemes import Scheme
+from tests.conftest import MENU, choices_of
+
+RTN = QUANTIZERS["rtn"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_entries_are_what_the_quantizer_gives(make_bank, family):
+    """Packed and transposed experts included."""
+    bank = make_bank(family)
+    parameters = load_model(bank.checkpoint, torch.float32).state_dict()
+    for unit in bank.layout.units:
+        for scheme in MENU if unit.layer is not None else []:
+            for site in unit.stored:
+                weight = parameters[site.parameter]
+                weight = weight.mT if site.transposed else weight
+                expected = RTN.quantize(weight, FORMATS[scheme.weight]).dequantize()
+                found = bank.tensors(unit, scheme)[site.parameter]
+                assert torch.equal(found.mT if site.transposed else found, expected)
+
+
+def test_a_second_build_loads_and_quantizes_nothing(make_bank, monkeypatch):
+    bank = make_bank("llama")
+    again = Bank(bank.checkpoint, bank.layout, RTN, bank.dtype)
+    monkeypatch.setattr(bank_module, "load_model", None)  # calling it would be an error
+    again.build(choices_of(bank.layout))
+    assert again.missing(choices_of(bank.layout)) == []
+
+
+def test_a_larger_menu_adds_only_what_is_new(make_bank, tmp_path):
+    source = make_bank("llama")
+    bank = Bank(source.checkpoint, source.layout, RTN, torch.float32, tmp_path)
+    bank.build(choices_of(bank.layout))
+    before = {f: f.stat().st_mtime_ns for f in bank.folder.iterdir()}
+    larger = choices_of(bank.layout, [*MENU, Scheme("int6-g64")])
+    open_units = sum(len(row) > 1 for row in larger)
+    assert len(bank.missing(larger)) == open_units
+    bank.build(larger)
+    after = {f: f.stat().st_mtime_ns for f in bank.folder.iterdir()}
+    assert len(after) == len(before) + open_units
+    assert all(after[f] == before[f] for f in before)
+
+
+def test_reading_maps_the_file(make_bank):
+    """The tensor's memory belongs to a mapping of the bank's file, not to a copy."""
+    bank = make_bank("llama")
+    unit = next(unit for unit in bank.layout.units if unit.layer == 0)
+    address = bank.tensors(unit, MENU[0])[unit.sites[0].parameter].data_ptr()
+    with open("/proc/self/maps") as maps:
+        owner = next(
+            line for line in maps
+            if int(line.split("-")[0], 16) <= address < int(line.split("-")[1].split()[0], 16)
+        )
+    assert str(bank.folder) in owner
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(make_bank, tmp_path, monkeypatch):
+    source = make_bank("llama")
+    bank = Bank(source.checkpoint, source.layout, RTN, torch.float32, tmp_path)
+    real, written = bank_module.save_file, []
+
+    def full(tensors, path):
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        real(tensors, path)
+
+    monkeypatch.setattr(bank_module, "save_file", full)
+    with pytest.raises(BankError, match="No space left on device.*what is complete stays"):
+        bank.build(choices_of(bank.layout))
+    assert len(list(bank.folder.iterdir())) == 5  # no half-written file beside the whole ones
+    monkeypatch.setattr(bank_module, "save_file", real)
+    bank.build(choices_of(bank.layout))
+    assert bank.missing(choices_of(bank.layout)) == []
+
+
+def test_too_small_a_disk_is_refused_before_the_first_byte(make_bank, tmp_path, monkeypatch):
+    source = make_bank("llama")
+    bank = Bank(source.checkpoint, source.layout, RTN, torch.float32, tmp_path)
+    monkeypatch.setattr(
+        bank_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})
+    )
+    with pytest.raises(BankError, match="it needs .* and 0 MiB are free"):
+        bank.build(choices_of(bank.layout))
+
+
+def test_damage_is_named(make_bank, tmp_path):
+    source = make_bank("llama")
+    bank = Bank(source.checkpoint, source.layout, RTN, torch.float32, tmp_path)
+    bank.build(choices_of(bank.layout))
+    unit = bank.layout.units[1]
+    file = bank._path(unit, MENU[0])
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(BankError, match="remove it and run the same command again"):
+        bank.tensors(unit, MENU[0])
+
+
+def test_a_weight_that_cannot_be_quantized_names_its_layer(tiny_folders, tmp_path):
+    import transformers
+
+    from quantization.checkpoints import resolve
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folders("llama"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    checkpoint = resolve(str(tmp_path / "nan"))
+    layout = describe(checkpoint)
+    bank = Bank(checkpoint, layout, RTN, torch.float32, tmp_path / "bank")
+    with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.down_proj in int2-g32"):
+        bank.build(choices_of(layout))

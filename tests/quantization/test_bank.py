@@ -63,7 +63,8 @@ def test_reading_maps_the_file(make_bank):
     address = bank.tensors(unit, MENU[0])[unit.sites[0].parameter].data_ptr()
     with open("/proc/self/maps") as maps:
         owner = next(
-            line for line in maps
+            line
+            for line in maps
             if int(line.split("-")[0], 16) <= address < int(line.split("-")[1].split()[0], 16)
         )
     assert str(bank.folder) in owner

@@ -41,9 +41,7 @@ def test_packing_loses_nothing(name, shape, seed):
 @settings(deadline=None)
 @given(st.integers(2, 8), st.integers(1, 40), st.integers(0, 2**31))
 def test_bit_streams_round_trip(bits, columns, seed):
-    values = torch.randint(
-        0, 2**bits, (3, columns), generator=torch.Generator().manual_seed(seed)
-    )
+    values = torch.randint(0, 2**bits, (3, columns), generator=torch.Generator().manual_seed(seed))
     stream = pack_bits(values, bits)
     assert stream.shape == (3, packed_bytes(columns, bits))
     assert torch.equal(unpack_bits(stream, bits, columns).long(), values)
@@ -56,9 +54,11 @@ def test_every_value_goes_to_its_nearest_code(name, shape, seed, scale):
     format = FORMATS[name]
     weight = weights(shape, seed, scale)
     quantized = RTN.quantize(weight, format)
-    steps = quantized.grid["scales"].float().repeat_interleave(
-        format.group or shape[-1], dim=-1
-    )[..., : shape[-1]]
+    steps = (
+        quantized.grid["scales"]
+        .float()
+        .repeat_interleave(format.group or shape[-1], dim=-1)[..., : shape[-1]]
+    )
     rounding = 2**format.bits * 2.0**-25
     slack = 0.5 + 2**format.bits * 2**-11 + (0.5 if format.asymmetric else 0)
     assert ((quantized.dequantize() - weight).abs() <= steps * slack + rounding).all()
@@ -87,7 +87,9 @@ def test_a_group_that_does_not_divide_leaves_a_shorter_one():
 def test_symmetric_codes_match_the_textbook():
     weight = torch.tensor([[-0.7, 0.1, 0.35, 0.7]])
     quantized = RTN.quantize(weight, Integer(4, None))
-    assert quantized.codes.tolist() == [[-7, 1, 3, 7]] or quantized.codes.tolist() == [[-7, 1, 4, 7]]
+    assert quantized.codes.tolist() == [[-7, 1, 3, 7]] or quantized.codes.tolist() == [
+        [-7, 1, 4, 7]
+    ]
 
 
 @pytest.mark.parametrize("name", ["int2-g32", "int4-g64-asym", "int8-channel"])

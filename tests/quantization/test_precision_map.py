@@ -10,7 +10,12 @@ from quantization.units import Kept, Layout, Site, Unit
 
 LAYOUT = Layout(
     units=(
-        Unit("a.q+k", "linear", (Site("a.q", "a.q.weight", (4, 4)), Site("a.k", "a.k.weight", (4, 4))), 0),
+        Unit(
+            "a.q+k",
+            "linear",
+            (Site("a.q", "a.q.weight", (4, 4)), Site("a.k", "a.k.weight", (4, 4))),
+            0,
+        ),
         Unit("a.o", "linear", (Site("a.o", "a.o.weight", (4, 4)),), 0),
     ),
     kept=(Kept("a.gate", "routes tokens to experts", 4),),

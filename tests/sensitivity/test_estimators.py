@@ -60,7 +60,9 @@ def test_output_error_reaches_packed_experts(model):
 def test_fisher_is_half_the_squared_gradient_times_the_squared_error(model):
     layout, choices = model.bank.layout, choices_of(model.bank.layout)
     found = whole("fisher", model, choices)
-    names = {site.parameter for unit in layout.units for site in unit.sites if unit.layer is not None}
+    names = {
+        site.parameter for unit in layout.units for site in unit.sites if unit.layer is not None
+    }
     for name in names:
         model.parameter(name).requires_grad_(True)
     expected = np.zeros_like(found.sums)

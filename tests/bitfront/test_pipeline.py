@@ -1,0 +1,264 @@
+"""The job end to end on a tiny model: measured once, resumed, compared, exported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bitfront.config import JobConfig, load_config
+from bitfront.fronts import Constraints, best_point, load_front
+from bitfront.pipeline import run_search
+from bitfront.plan import make_plan
+from bitfront.progress import Silent
+from quantization.errors import BankError, BitfrontError, MeasurementError, UnknownNameError
+from search.errors import InfeasibleBudgetError
+from store.database import Store
+from store.queries import candidates_of, find_job
+from store.tables import Measurement
+from workers.pool import InProcessPool, Outcome
+
+SMALL = {"texts.calibration.chunks": 2, "texts.search.chunks": 2, "texts.heldout.chunks": 4,
+         "texts.calibration.length": 32, "texts.search.length": 32, "texts.heldout.length": 32,
+         "menu": "int2-g32,int4-g32,int8-g32", "dtype": "float32"}  # fmt: skip
+
+
+def small_config(folder, **more) -> JobConfig:
+    return load_config(str(folder), None, {**SMALL, **more})
+
+
+class CountingPool(InProcessPool):
+    """Counts what it runs."""
+
+    count = 0
+
+    def next(self) -> Outcome:
+        type(self).count += 1
+        return super().next()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+
+
+@pytest.fixture(scope="module")
+def done(tiny_folders, tmp_path_factory):
+    """A finished job: store, number, plan."""
+    opened = Store(f"sqlite:///{tmp_path_factory.mktemp('done')}/s.sqlite").open()
+    plan = make_plan(small_config(tiny_folders("llama")))
+    return opened, run_search(plan, opened, InProcessPool, Silent()), plan
+
+
+def test_the_front_is_measured_and_has_its_controls(done):
+    store, job, plan = done
+    front = load_front(store, find_job(store, job))
+    controls = {p.control for p in front.points}
+    assert controls == {None, "uniform", "random"}
+    assert len([p for p in front.points if p.control == "uniform"]) == 3
+    for point in front.points:
+        assert point.kl_low <= point.kl <= point.kl_high
+        assert point.perplexity > 1
+        assert point.search_kl is not None
+        assert point.predicted_kl is not None
+    on_front = sorted((p for p in front.points if p.on_front), key=lambda p: p.weight_bytes)
+    assert [p.kl for p in on_front] == sorted((p.kl for p in on_front), reverse=True)
+    assert front.reference_perplexity is not None
+
+
+def test_the_pinned_document(done):
+    store, job, _ = done
+    document = load_front(store, find_job(store, job)).to_json()
+    assert list(document) == ["job", "model", "points"]
+    assert set(document["points"][0]) == {
+        "id", "average_bits", "weight_bytes", "kl", "kl_low", "kl_high", "perplexity",
+        "search_kl", "predicted_kl", "control", "on_front", "map_hash",
+    }  # fmt: skip
+    json.dumps(document, allow_nan=False)
+
+
+def test_bytes_and_bits_count_everything(done):
+    """Uniform 4 bits in groups of 32 over rows of 64 and 96: 4.5 bits; the rest in bf16."""
+    store, job, plan = done
+    [uniform] = [c for c in candidates_of(store, job) if c.origin == "uniform int4-g32"]
+    assert uniform.average_bits == 4.5
+    outer = sum(u.numel for u in plan.layout.units if u.layer is None) + plan.layout.other_numel
+    assert uniform.weight_bytes == plan.quantizable_numel * 4.5 / 8 + 2 * outer
+
+
+def test_solutions_keep_their_budgets_and_carry_certificates(done):
+    store, job, _ = done
+    solved = [c for c in candidates_of(store, job) if c.certificate]
+    assert solved
+    for candidate in solved:
+        assert candidate.weight_bytes <= candidate.certificate["budget"]
+        assert 0 <= candidate.certificate["gap"] < 1e-6
+
+
+def test_asking_again_measures_nothing(done):
+    store, job, plan = done
+    CountingPool.count = 0
+    assert run_search(plan, store, CountingPool, Silent()) == job
+    assert CountingPool.count == 0
+
+
+def test_another_question_reuses_what_was_measured(done):
+    """A second job with one more budget measures only the maps that are new."""
+    store, job, plan = done
+    more = make_plan(plan.config.model_copy(update={"budgets": (2.5, 3.1, 4.5, 6.0, 8.5)}))
+    before = _measured(store)
+    CountingPool.count = 0
+    other = run_search(more, store, CountingPool, Silent())
+    assert other != job
+    assert CountingPool.count < before / 2
+    assert _measured(store) > before
+
+
+def test_results_do_not_depend_on_the_pool(done, tiny_folders, store, tmp_path):
+    from workers.ray_pool import RayPool
+
+    first_store, job, plan = done
+    again = run_search(plan, store, lambda spec: RayPool(spec, workers=2), Silent(),
+                       os.environ["BITFRONT_CACHE"])  # fmt: skip
+    first, second = (load_front(s, find_job(s, n)).points
+                     for s, n in ((first_store, job), (store, again)))  # fmt: skip
+    assert [p.map_hash for p in first] == [p.map_hash for p in second]
+    assert [p.kl for p in first] == pytest.approx([p.kl for p in second], rel=1e-4, abs=1e-7)
+
+
+def test_a_candidate_with_nan_is_reported_and_the_rest_goes_on(tiny_folders, store):
+    class Poisoned(InProcessPool):
+        def next(self) -> Outcome:
+            outcome = super().next()
+            arguments = outcome.task.arguments
+            schemes = set(arguments.get("schemes") or ())
+            if outcome.task.method == "measure" and "int2-g32" in schemes:
+                return Outcome(outcome.task, error=MeasurementError("NaN or infinity"))
+            return outcome
+
+    plan = make_plan(small_config(tiny_folders("llama")))
+    job = run_search(plan, store, Poisoned, Silent())
+    failed = [c for c in candidates_of(store, job) if c.failure]
+    assert failed
+    assert all("int2-g32" in c.schemes for c in failed)
+    points = load_front(store, find_job(store, job)).points
+    assert points
+    assert {p.id for p in points}.isdisjoint(c.point for c in failed)
+
+
+def test_a_failure_is_recorded_and_what_was_measured_stays(tiny_folders, store):
+    class FullDisk(InProcessPool):
+        def next(self) -> Outcome:
+            outcome = super().next()
+            if outcome.task.method == "noise_floor" or _measured(store) >= 5:
+                return Outcome(outcome.task, error=BankError("can't write the bank: disk full"))
+            return outcome
+
+    plan = make_plan(small_config(tiny_folders("llama")))
+    with pytest.raises(BankError):
+        run_search(plan, store, FullDisk, Silent())
+    job = find_job(store, None)
+    assert (job.state, job.error) == ("failed", "can't write the bank: disk full")
+    assert _measured(store) == 5
+    CountingPool.count = 0
+    run_search(plan, store, CountingPool, Silent())
+    assert find_job(store, None).state == "done"
+
+
+KILLED = """
+import sys
+from bitfront.cli import main
+sys.argv = ["bitfront", "search", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_killed_driver_goes_on_from_where_it_was(tiny_folders, tmp_path):
+    """kill -9 in mid-search, start again: no measurement is made twice, the front is whole."""
+    url = f"sqlite:///{tmp_path}/s.sqlite"
+    (tmp_path / "job.yaml").write_text(
+        "menu: int2-g32,int3-g32,int4-g32,int6-g32,int8-g32\ndtype: float32\ntexts:\n"
+        + "".join(
+            f"  {role}: {{source: python-docs, chunks: {n}, length: 64}}\n"
+            for role, n in (("calibration", 2), ("search", 12), ("heldout", 12))
+        )
+    )
+    command = [
+        sys.executable, "-c", KILLED, str(tiny_folders("llama")), "-c", str(tmp_path / "job.yaml"),
+        "--store", url, "--address", "none", "--json",
+    ]  # fmt: skip
+    store = Store(url).open()
+    victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while _measured(store) < 20 and time.monotonic() < deadline and victim.poll() is None:
+        time.sleep(0.005)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    kept = _stamps(store)
+    assert 20 <= len(kept)
+    assert find_job(store, None).state == "running"  # it was killed before its end
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    points = json.loads(finished.stdout)["points"]
+    assert len(points) >= 8
+    after = _stamps(store)
+    assert {key: after[key] for key in kept} == kept
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "words"),
+    [
+        ({"menu": "int4-g46"}, UnknownNameError, r"unknown format 'int4-g46'; nearest: .*int4-g64"),
+        ({"menu": "int4-g32/int9"}, UnknownNameError, "unknown activation format"),
+        ({"estimators": ["fischer"]}, UnknownNameError, "nearest: fisher"),
+        ({"quantizer": "gptx"}, UnknownNameError, "known: rtn"),
+        ({"budgets": [1.0]}, InfeasibleBudgetError, r"the smallest has .* \(2.5 bits on average"),
+        ({"budgets_bytes": [1000]}, InfeasibleBudgetError, "no map fits into 1,000 weight bytes"),
+        ({"dtype": "float17"}, MeasurementError, "unknown arithmetic type"),
+        ({"texts.search.chunks": 0}, BitfrontError, r"texts.search.chunks: .* \(got 0\)"),
+        ({"nonsense": 1}, BitfrontError, "nonsense: Extra inputs are not permitted"),
+        ({"texts.search.source": "/absent"}, BitfrontError, "can't read the text '/absent'"),
+        ({"texts.search.chunks": 10**6}, BitfrontError, "is too short"),
+        ({"menu": "absent.yaml"}, BitfrontError, "can't read 'absent.yaml'"),
+        ({"menu": "int4-g32"}, BitfrontError, "leaves nothing to decide"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_folders, more, error, words):
+    with pytest.raises(error, match=words) as caught:
+        make_plan(small_config(tiny_folders("llama"), **more))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_smallest_budget_that_is_possible_is_possible(tiny_folders):
+    plan = make_plan(small_config(tiny_folders("llama"), budgets=[2.5]))
+    [budget] = plan.budgets
+    assert budget == min(
+        plan.weight_bytes(np.full(len(plan.choices), 1) * plan.open_units) for _ in range(1)
+    )
+
+
+def test_queries_answer_by_constraint(done):
+    store, job, _ = done
+    front = load_front(store, find_job(store, job))
+    smallest = min(front.points, key=lambda p: p.weight_bytes)
+    point, _ = best_point(front, Constraints(weight_bytes=smallest.weight_bytes), 0)
+    assert point == smallest
+    best = min(front.points, key=lambda p: (p.kl, p.weight_bytes))
+    assert best_point(front, Constraints(), 0)[0] == best
+    loose = max(p.kl for p in front.points)
+    assert best_point(front, Constraints(kl=loose), 0)[0] == smallest
+    nothing, why = best_point(front, Constraints(memory_bytes=100), 50)
+    assert nothing is None
+    assert f"the smallest is {smallest.weight_bytes + 50:,.6g}" in str(why)
+
+
+def _measured(store) -> int:
+    return len(_stamps(store))
+
+
+def _stamps(store):
+    with store.session() as session:
+        return {m.key: m.measured_at for m in session.query(Measurement)}

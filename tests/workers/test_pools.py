@@ -1,0 +1,116 @@
+"""Pools: one interface, the same results, and a worker's death costs one task's time."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from quantization.errors import BitfrontError, MeasurementError, WorkerError
+from tests.conftest import choices_of
+from workers.pool import InProcessPool, Task
+from workers.ray_pool import RayPool
+from workers.session import Session, SessionSpec
+
+IDS = np.random.default_rng(0).integers(2, 300, (6, 32))
+
+
+@pytest.fixture(scope="module")
+def spec(make_bank):
+    bank = make_bank("llama")
+    return SessionSpec(
+        checkpoint=bank.checkpoint,
+        layout=bank.layout,
+        quantizer="rtn",
+        choices=tuple(tuple(s.name for s in row) for row in choices_of(bank.layout)),
+        dtype="float32",
+        threads=1,
+        cache=os.environ["BITFRONT_CACHE"],
+    )
+
+
+@pytest.fixture(scope="module")
+def ray_pool(spec):
+    with RayPool(spec, workers=2) as pool:
+        yield pool
+
+
+@pytest.fixture(params=["in-process", "ray"])
+def pool(request, spec):
+    if request.param == "ray":
+        return request.getfixturevalue("ray_pool")
+    return InProcessPool(spec)
+
+
+def measurements(spec):
+    schemes = tuple(row[0] for row in spec.choices)
+    return [Task("measure", {"schemes": schemes, "ids": ids}, label=i) for i, ids in enumerate(IDS)]
+
+
+def test_every_task_has_one_outcome(pool, spec):
+    outcomes = list(pool.run(measurements(spec)))
+    assert sorted(outcome.task.label for outcome in outcomes) == list(range(len(IDS)))
+    assert all(outcome.error is None for outcome in outcomes)
+
+
+def test_pools_agree(ray_pool, spec):
+    def results(pool):
+        return {
+            o.task.label: (o.value.kl_sum, o.value.nll_sum) for o in pool.run(measurements(spec))
+        }
+
+    here, there = results(InProcessPool(spec)), results(ray_pool)
+    assert {k: pytest.approx(v, rel=1e-6) for k, v in here.items()} == there
+
+
+def test_an_error_of_the_work_is_an_outcome(pool, monkeypatch):
+    """Out-of-vocabulary ids would be a bug; an unknown estimator is what a user may cause."""
+    task = Task("estimate", {"estimator": "fischer", "chunks": IDS, "share": None})
+    [outcome] = pool.run([task])
+    assert isinstance(outcome.error, BitfrontError)
+    assert "nearest: fisher" in str(outcome.error)
+
+
+def test_a_killed_worker_loses_no_task(ray_pool, spec):
+    """kill -9 in mid-measurement: Ray restarts the actor, the task runs again."""
+    victims = ray_pool.processes()
+    tasks = measurements(spec)
+    for task in tasks:
+        ray_pool.submit(task)
+    os.kill(victims[0], signal.SIGKILL)
+    outcomes = [ray_pool.next() for _ in tasks]
+    assert sorted(outcome.task.label for outcome in outcomes) == list(range(len(IDS)))
+
+
+class Deadly:
+    """Ends the process that unpickles it, as running out of memory would."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_task_that_kills_every_worker_is_given_up(ray_pool):
+    """Three deaths are no accident: stop, say so, and suggest what usually helps."""
+    ray_pool.submit(Task("measure", {"schemes": Deadly(), "ids": IDS[0]}))
+    with pytest.raises(WorkerError, match="died 3 times in 'measure'.*try fewer workers"):
+        ray_pool.next()
+
+
+def test_nothing_queued_is_an_error(ray_pool):
+    with pytest.raises(LookupError):
+        ray_pool.next()
+
+
+def test_nan_comes_back_as_an_error(spec, monkeypatch):
+    session = Session(spec)
+    schemes = tuple(row[0] for row in spec.choices)
+    session.measure(schemes, IDS[0])
+    nan = session.evaluator.reference(IDS[0]) * float("nan")
+    monkeypatch.setattr(session.evaluator, "hidden", lambda *_: nan)
+    with pytest.raises(MeasurementError, match="NaN or infinity in the logits"):
+        session.measure(schemes, IDS[0])
+
+
+def test_an_unreachable_cluster_is_one_line(spec):
+    with pytest.raises(WorkerError, match="can't connect to Ray at '127.0.0.1:1'"):
+        RayPool(spec, address="127.0.0.1:1")

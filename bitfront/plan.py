@@ -18,6 +18,7 @@ from evaluation.arithmetic import choose_dtype
 from evaluation.texts import Text, TextRequest, make_texts
 from quantization.adapter import describe
 from quantization.checkpoints import Checkpoint, load_tokenizer, resolve
+from quantization.memory import return_memory
 from quantization.precision_map import map_hash
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
@@ -138,6 +139,7 @@ def make_plan(config: JobConfig) -> Plan:
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
     )
+    return_memory()  # of the import and the tokenizer; the driver outlives them by hours
     return Plan(**{**vars(plan), "budgets": _budgets(plan)})
 
 

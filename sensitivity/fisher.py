@@ -24,11 +24,11 @@ from sensitivity.base import (
     Share,
     add_scores,
     empty_table,
-    site_error,
     split,
 )
 
 CHUNKS_A_TASK = 2
+BLOCK = 2**16  # elements at a time: temporaries stay in cache; whole ones tore the heap to 4 GB
 
 
 class DiagonalFisher(Estimator):
@@ -73,12 +73,14 @@ class DiagonalFisher(Estimator):
 def _backward(model: AssembledModel, ids: NDArray[np.int64], seed: int) -> None:
     """Back-propagate the summed log-likelihood of labels sampled from the model."""
     batch = torch.from_numpy(ids)[None].to(model.device)
+    generator = torch.Generator(model.device).manual_seed(seed)
     with torch.enable_grad():
-        logits = model.module(input_ids=batch, use_cache=False).logits[0].float()
-        log_p = logits.log_softmax(-1)
-        generator = torch.Generator(model.device).manual_seed(seed)
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        (-log_p.gather(-1, labels).sum()).backward()
+        logits = model.module(input_ids=batch, use_cache=False).logits[0]
+        with torch.no_grad():
+            p = logits.float().softmax(-1)
+            labels = torch.multinomial(p, 1, generator=generator)[:, 0]
+            del p  # as large as the logits
+        torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
 
 
 def _contract(
@@ -91,12 +93,17 @@ def _contract(
 ) -> None:
     """Turn one parameter's gradient into scores at once, and free it."""
     assert parameter.grad is not None
-    unit = model.bank.layout.units[u]
-    fisher = parameter.grad.float().square_().flatten()
-    parameter.grad = None
-
-    def score(scheme: Scheme) -> float:
-        error = site_error(model.bank, unit, scheme, unit.stored[s]).to(fisher.device)
-        return 0.5 * float(torch.dot(fisher, error.square_().flatten()))
-
-    add_scores(table, u, choices, score)
+    unit, bank = model.bank.layout.units[u], model.bank
+    name = unit.stored[s].parameter
+    gradient, parameter.grad = parameter.grad.flatten(), None
+    reference = bank.reference(unit)[name].flatten()
+    shipped = {scheme: bank.tensors(unit, scheme)[name].flatten() for scheme in choices[u]}
+    scores = dict.fromkeys(choices[u], 0.0)
+    for start in range(0, len(gradient), BLOCK):
+        part = slice(start, start + BLOCK)
+        fisher = gradient[part].float().square_()
+        exact = reference[part].to(fisher)
+        for scheme, values in shipped.items():
+            error = values[part].to(fisher) - exact
+            scores[scheme] += 0.5 * float(torch.dot(fisher, error.square_()))
+    add_scores(table, u, choices, scores.__getitem__)

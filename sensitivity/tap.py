@@ -1,7 +1,7 @@
 """A tap on matrix products: what each site of a model reads, experts and all, without hooks."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Tap(TorchFunctionMode):
             for expert in range(experts):
                 self._sites[parameter.data_ptr() + expert * stride] = site, expert
 
-    def __enter__(self) -> "Tap":
+    def __enter__(self) -> Self:
         # transformers' grouped kernels would hide the products of single experts
         self._experts = getattr(self._config, "_experts_implementation", None)
         if self._experts is not None:
@@ -50,7 +50,7 @@ class Tap(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *arguments: Any) -> None:
+    def __exit__(self, *arguments: object) -> None:
         super().__exit__(*arguments)
         if self._experts is not None:
             self._config._experts_implementation = self._experts

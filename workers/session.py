@@ -17,6 +17,7 @@ from quantization.bank import Bank
 from quantization.cache import cache_dir
 from quantization.checkpoints import Checkpoint, resolve
 from quantization.errors import ModelError
+from quantization.memory import return_memory
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
 from quantization.units import Layout
@@ -64,12 +65,14 @@ class Session:
         with lock.open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # one worker of a node builds, the others wait
             self._bank.build(self._choices)
+        return_memory()
         return time.perf_counter() - start
 
     def estimate(self, estimator: str, chunks: Ids, share: Share) -> tuple[RawTable, float]:
         """A share of a raw sensitivity table, and the seconds it took."""
         start = time.perf_counter()
         table = ESTIMATORS[estimator].score(self._evaluator.model, chunks, self._choices, share)
+        return_memory()
         return table, time.perf_counter() - start
 
     def measure(self, schemes: tuple[str, ...] | None, ids: Ids) -> Measurement:
@@ -79,7 +82,9 @@ class Session:
 
     def noise_floor(self, ids: Ids) -> float | None:
         """KL between float32 and the session's arithmetic type on one chunk."""
-        return self._evaluator.noise_floor(ids)
+        floor = self._evaluator.noise_floor(ids)
+        return_memory()
+        return floor
 
     @property
     def evaluator(self) -> Evaluator:

@@ -199,7 +199,7 @@ def test_a_killed_driver_goes_on_from_where_it_was(tiny_folders, tmp_path):
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
     kept = _stamps(store)
-    assert 20 <= len(kept)
+    assert len(kept) >= 20
     assert find_job(store, None).state == "running"  # it was killed before its end
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     points = json.loads(finished.stdout)["points"]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def _formats(scheme: str) -> tuple[str, str]:
 def _with_model(store: Store, front: Front, point: Point, precision_map: PrecisionMap) -> Export:
     """Rebuild the candidate from the bank, and find the chunks that it was measured on."""
     from bitfront.config import JobConfig
+    from bitfront.pipeline import spec_of
     from bitfront.plan import make_plan
-    from workers.session import Session, SessionSpec
+    from workers.session import Session
 
     plan = make_plan(JobConfig.model_validate(front.job.config))
     if plan.checkpoint.weights_hash != front.job.weights_hash:
@@ -112,17 +114,8 @@ def _with_model(store: Store, front: Front, point: Point, precision_map: Precisi
             f"the model at '{plan.checkpoint.name}' has changed since job {front.job.id}; "
             "search again"
         )
-    session = Session(
-        SessionSpec(
-            checkpoint=plan.checkpoint,
-            layout=plan.layout,
-            quantizer=plan.config.quantizer,
-            choices=tuple(tuple(s.name for s in row) for row in plan.choices),
-            dtype=front.job.facts["dtype"],
-            threads=os.cpu_count() or 1,
-            cache=None,
-        )
-    )
+    spec = replace(spec_of(plan, None), dtype=front.job.facts["dtype"], threads=os.cpu_count() or 1)
+    session = Session(spec)
     text = plan.texts["heldout"]
     chunks = text.hashes[:CHECKED_CHUNKS]
     candidate = front.candidates[point.id]

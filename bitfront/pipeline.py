@@ -84,7 +84,7 @@ def run_search(
     if job.state == "done":
         return job.id
     try:
-        with open_pool(_spec(plan, cache)) as pool:
+        with open_pool(spec_of(plan, cache)) as pool:
             _run_stages(Run(plan, store, pool, progress, job))
     except BitfrontError as error:
         update_job(store, job.id, state="failed", error=str(error))
@@ -99,11 +99,11 @@ def _run_stages(run: Run) -> None:
     with run.progress.stage("quantizing every unit under every scheme", BANK_WEIGHT) as advance:
         _values(run, [Task("prepare")])
         advance(BANK_WEIGHT)
+    _measure_reference(run)  # before the bank is mapped: it holds a float32 model for a moment
     problems = {name: plan.problem(_raw_table(run, name)) for name in config.estimators}
     candidates = _propose(run, problems)
     search = plan.texts["search"]
     _measure(run, candidates, search, "measuring candidates on the search text")
-    _measure_reference(run)
     candidates = _calibrate(run, candidates, problems)
     finalists = _choose_finalists(run, candidates)
     save_candidates(run.store, candidates)
@@ -138,7 +138,8 @@ def _open_job(plan: Plan, store: Store) -> Job:
     return update_job(store, job.id, facts=facts)
 
 
-def _spec(plan: Plan, cache: str | None) -> SessionSpec:
+def spec_of(plan: Plan, cache: str | None) -> SessionSpec:
+    """What workers need to know of a plan."""
     return SessionSpec(
         checkpoint=plan.checkpoint,
         layout=plan.layout,

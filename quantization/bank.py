@@ -95,8 +95,16 @@ class Bank:
             ) from error
 
     def tensors(self, unit: Unit, scheme: Scheme) -> Tensors:
-        """The unit's parameters as `scheme` stores them, without copying."""
+        """The unit's parameters as `scheme` stores them, without copying; stays mapped."""
         return self._read(self._path(unit, scheme))
+
+    def borrow(self, unit: Unit, scheme: Scheme) -> Tensors:
+        """The same for one look: unmapped with its last tensor.
+
+        A pass over all schemes would otherwise hold the whole bank in memory.
+        """
+        path = self._path(unit, scheme)
+        return self._maps[path] if path in self._maps else _map(path)
 
     def reference(self, unit: Unit) -> Tensors:
         """The unit's unquantized parameters."""
@@ -170,14 +178,18 @@ class Bank:
 
     def _read(self, path: Path) -> Tensors:
         if path not in self._maps:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._maps[path] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except Exception as error:  # safetensors raises its own type for damaged files
-                raise BankError(
-                    f"can't read '{path}' ({error}); remove it and run the same command again"
-                ) from error
+            self._maps[path] = _map(path)
         return self._maps[path]
+
+
+def _map(path: Path) -> Tensors:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own type for damaged files
+        raise BankError(
+            f"can't read '{path}' ({error}); remove it and run the same command again"
+        ) from error
 
 
 def _parameters(model: Any) -> Tensors:

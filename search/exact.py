@@ -31,7 +31,7 @@ def solve(problem: Problem, limits: Limits) -> Solution:
     if len(limits) == 1:
         resource, limit = next(iter(limits.items()))
         return _solve_one(problem, resource, limit, hull_steps(problem, resource))
-    return _highs(problem, limits, problem.offered)
+    return solve_plain(problem, limits)
 
 
 def sweep(problem: Problem, resource: str, budgets: Iterable[int]) -> list[Solution]:
@@ -41,6 +41,12 @@ def sweep(problem: Problem, resource: str, budgets: Iterable[int]) -> list[Solut
         problem.check_limits({resource: limit})
     steps = hull_steps(problem, resource)
     return [_solve_one(problem, resource, limit, steps) for limit in budgets]
+
+
+def solve_plain(problem: Problem, limits: Limits) -> Solution:
+    """HiGHS on the whole problem, without the reduction; for several limits and as a check."""
+    problem.check_limits(limits)
+    return _highs(problem, limits, problem.offered)
 
 
 def _solve_one(problem: Problem, resource: str, limit: int, steps: Steps) -> Solution:

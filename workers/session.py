@@ -77,7 +77,7 @@ class Session:
 
     def measure(self, schemes: tuple[str, ...] | None, ids: Ids) -> Measurement:
         """One candidate (None: the reference) on one chunk."""
-        wanted = None if schemes is None else [self._schemes[name] for name in schemes]
+        wanted = None if schemes is None else [self.scheme(name) for name in schemes]
         return self._evaluator.measure(wanted, ids)
 
     def noise_floor(self, ids: Ids) -> float | None:
@@ -85,6 +85,10 @@ class Session:
         floor = self._evaluator.noise_floor(ids)
         return_memory()
         return floor
+
+    def scheme(self, name: str) -> Scheme:
+        """The scheme of that name, among those of the session."""
+        return self._schemes[name]
 
     @property
     def evaluator(self) -> Evaluator:

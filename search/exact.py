@@ -17,6 +17,7 @@ from search.lagrangian import Steps, hull_steps, reduced_costs, relax
 from search.problem import Choice, Limits, Mask, Problem, Solution, verified
 
 RELATIVE_GAP = 1e-9
+LARGEST_COEFFICIENT = 1e5
 REPAIRS = 5  # times a solution that breaks a limit by HiGHS's tolerance is solved more tightly
 
 
@@ -92,8 +93,11 @@ def _solve_open(
     """Minimise over binary variables, one for each open entry of the free units."""
     rows, schemes = np.nonzero(open_[free])
     units = free[rows]
-    loss = problem.loss[units, schemes]
-    scale = max(float(np.abs(loss).max()), 1e-300)
+    # HiGHS stops at an absolute gap of 1e-6: without each unit's least loss, and with large
+    # numbers, that is far below what any choice changes
+    least = np.where(open_, problem.loss, np.inf).min(axis=1)
+    loss = problem.loss[units, schemes] - least[units]
+    scale = max(float(loss.max()), 1e-300) / LARGEST_COEFFICIENT
     one_each = csr_array(
         (np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(free), len(rows))
     )
@@ -119,4 +123,4 @@ def _solve_open(
     chosen = np.flatnonzero(result.x > 0.5)
     found = np.empty(len(free), dtype=np.intp)
     found[rows[chosen]] = schemes[chosen]
-    return found, float(result.mip_dual_bound) * scale
+    return found, float(result.mip_dual_bound) * scale + float(least[free].sum())

@@ -1,6 +1,7 @@
 """The command line. Results go to stdout, everything else to stderr; heavy imports wait inside."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -198,23 +199,30 @@ def formats(
     shape: Annotated[
         str, typer.Option(help="ROWSxCOLUMNS of a weight, outputs x inputs.")
     ] = "4096x4096",
+    store: StoreOption = None,  # noqa: ARG001  # every command takes it
     as_json: JsonOption = False,
 ) -> None:
-    """List the weight formats with their exact bytes for a shape."""
+    """List the weight formats with their exact bytes for a shape (the store isn't needed)."""
     from bitfront.querying import show_formats
 
     show_formats(shape, as_json)
 
 
 @database.command("upgrade")
-def upgrade(store: StoreOption = None) -> None:
+def upgrade(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Bring the store's schema up to date."""
     from store.database import Store, default_url
 
     opened = Store(store or default_url())
     before = opened.version()
     opened.upgrade()
-    typer.echo(f"schema {before or 'empty'} -> {opened.version()}")
+    after = opened.version()
+    if as_json:
+        from bitfront.console import print_json
+
+        print_json({"before": before, "after": after})
+    else:
+        typer.echo(f"schema {before or 'empty'} -> {after}")
 
 
 def _open(url: str | None) -> Any:
@@ -243,16 +251,31 @@ def _numbers(text: str | None) -> list[float] | None:
 def main() -> None:
     """The command `bitfront`: errors become one line and exit status 1."""
     _keep_stdout_for_results()
+    signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except (BitfrontError, SearchError, StoreError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except _InterruptedError:
         sys.stderr.write("interrupted; run the same command again to go on\n")
         sys.exit(130)
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os._exit(1)
+    except OSError as error:
+        sys.stderr.write(f"error: {error}; mend it, then run the same command again\n")
+        sys.exit(1)
+
+
+class _InterruptedError(BaseException):
+    """Ctrl-C, in a form that typer doesn't turn into a bare exit."""
+
+
+def _interrupt(*_: object) -> None:
+    raise _InterruptedError
 
 
 def _keep_stdout_for_results() -> None:

@@ -2,7 +2,7 @@
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -42,12 +42,18 @@ class TextConfig(_Closed):
     length: int = Field(ge=2)
 
 
+class HeldoutConfig(TextConfig):
+    """Held-out text: at least two chunks, whose spread gives the confidence interval."""
+
+    chunks: int = Field(ge=2)
+
+
 class Texts(_Closed):
     """Three texts for three purposes; a source named twice is divided between them."""
 
     calibration: TextConfig
     search: TextConfig
-    heldout: TextConfig
+    heldout: HeldoutConfig
 
 
 class JobConfig(_Closed):
@@ -67,8 +73,8 @@ class JobConfig(_Closed):
     quantizer: str
     estimators: tuple[str, ...] = Field(min_length=1)
     texts: Texts
-    budgets: tuple[float, ...] = ()
-    budgets_bytes: tuple[int, ...] = ()
+    budgets: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    budgets_bytes: tuple[Annotated[int, Field(gt=0)], ...] = ()
     random_controls: int = Field(ge=0)
     seed: int = 0
     dtype: str = "auto"
@@ -95,7 +101,7 @@ def load_config(model: str, file: Path | None, overrides: dict[str, Any]) -> Job
     if isinstance(data.get("menu"), str):
         data["menu"] = _menu(data["menu"])
     try:
-        return JobConfig.model_validate({"model": model, **data})
+        return JobConfig.model_validate({**_absolute(data), "model": _absolute_path(model)})
     except ValidationError as error:
         raise ConfigError(_explain(error, file)) from error
 
@@ -140,6 +146,25 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _nested(path: str, value: Any) -> dict[str, Any]:
     head, _, tail = path.partition(".")
     return {head: _nested(tail, value) if tail else value}
+
+
+def _absolute(data: dict[str, Any]) -> dict[str, Any]:
+    """Text files by their whole path: one name a file, and one that holds in other folders."""
+    texts = data.get("texts")
+    if not isinstance(texts, dict):
+        return data
+    found = {
+        role: {**text, "source": _absolute_path(text["source"])}
+        if isinstance(text, dict) and isinstance(text.get("source"), str)
+        else text
+        for role, text in texts.items()
+    }
+    return {**data, "texts": found}
+
+
+def _absolute_path(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != DEMO and path.exists() else name
 
 
 def _explain(error: ValidationError, file: Path | None) -> str:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from bitfront.fronts import Front, Point, losses, quality_key
 from engines import Export, Target, load_target
 from quantization.errors import ExportError
@@ -30,6 +32,8 @@ def export_point(
     if point is None:
         known = ", ".join(str(p.id) for p in front.points) or "none"
         raise ExportError(f"job {front.job.id} has no measured point {number}; there are: {known}")
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"'{folder}' is a file; choose a folder")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ExportError(f"'{folder}' is not empty; choose another folder, or add --force")
     precision_map = _precision_map(front, point)
@@ -63,7 +67,7 @@ def _write_checked(target: Target, export: Export, folder: Path) -> dict[str, An
         for file in work.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner may read
             os.replace(file, folder / file.name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ExportError(f"can't write the export to '{folder}' ({error})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -108,7 +112,8 @@ def _with_model(store: Store, front: Front, point: Point, precision_map: Precisi
     from bitfront.plan import make_plan
     from workers.session import Session
 
-    plan = make_plan(JobConfig.model_validate(front.job.config))
+    config = JobConfig.model_validate(front.job.config)
+    plan = make_plan(config.model_copy(update={"revision": front.model.revision}))
     if plan.checkpoint.weights_hash != front.job.weights_hash:
         raise ExportError(
             f"the model at '{plan.checkpoint.name}' has changed since job {front.job.id}; "

@@ -79,6 +79,11 @@ def quality_key(job: Job) -> QualityKey:
     return QualityKey(job.weights_hash, job.facts["quantizer"], job.facts["dtype"])
 
 
+def reference_hash(weights_hash: str) -> str:
+    """Stands for the unquantized model among the map hashes."""
+    return key_of("reference", weights_hash)
+
+
 def losses(
     store: Store, quality: QualityKey, candidates: Sequence[Candidate], chunks: Sequence[str]
 ) -> dict[str, MapLoss]:
@@ -107,7 +112,8 @@ def _summary(rows: Sequence[Measurement]) -> MapLoss:
 
 def load_front(store: Store, job: Job) -> Front:
     """The front of a job as far as it was measured."""
-    candidates = [c for c in candidates_of(store, job.id) if c.finalist]
+    proposed = candidates_of(store, job.id)
+    candidates = [c for c in proposed if c.finalist]
     quality, chunks = quality_key(job), job.facts["chunks"]
     heldout = losses(store, quality, candidates, chunks["heldout"])
     search = losses(store, quality, candidates, chunks["search"])
@@ -122,7 +128,7 @@ def load_front(store: Store, job: Job) -> Front:
         _point(c, heldout[c.map_hash], search.get(c.map_hash), bool(is_on))
         for c, is_on in zip(measured, on_front, strict=True)
     )
-    reference = key_of("reference", job.weights_hash)
+    reference = reference_hash(job.weights_hash)
     unquantized = _losses(store, quality, [reference], chunks["heldout"]).get(reference)
     return Front(
         job,
@@ -130,7 +136,10 @@ def load_front(store: Store, job: Job) -> Front:
         points,
         {c.point: c for c in measured},
         unquantized.perplexity if unquantized else None,
-        tuple(_findings(points, heldout, {c.point for c in measured if c.certificate})),
+        (
+            *_findings(points, heldout, {c.point for c in measured if c.certificate}),
+            *(f"Point {c.point} ({c.origin}): {c.failure}." for c in proposed if c.failure),
+        ),
     )
 
 

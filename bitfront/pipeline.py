@@ -5,13 +5,14 @@ decision is a deterministic function of results: so a killed job that is started
 same path, and computes only what is missing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitfront.fronts import losses
+from bitfront.fronts import losses, reference_hash
 from bitfront.plan import Plan
 from bitfront.progress import Progress
 from cost_models import weight_bytes
@@ -20,12 +21,14 @@ from quantization.errors import BitfrontError, MeasurementError
 from quantization.quantizers import QUANTIZERS
 from search.calibration import Calibration, fit_gain
 from search.controls import random_at, uniform
+from search.errors import SearchError
 from search.exact import sweep
 from search.problem import Problem
 from sensitivity import ESTIMATORS, RawTable, merge
 from store.database import Store
 from store.queries import (
     QualityKey,
+    candidates_of,
     find_share,
     key_of,
     measurements,
@@ -69,7 +72,7 @@ class Run:
     @property
     def reference_hash(self) -> str:
         """Stands for the unquantized model among the map hashes."""
-        return key_of("reference", self.plan.checkpoint.weights_hash)
+        return reference_hash(self.plan.checkpoint.weights_hash)
 
 
 def run_search(
@@ -86,7 +89,7 @@ def run_search(
     try:
         with open_pool(spec_of(plan, cache)) as pool:
             _run_stages(Run(plan, store, pool, progress, job))
-    except BitfrontError as error:
+    except (BitfrontError, SearchError) as error:
         update_job(store, job.id, state="failed", error=str(error))
         raise
     update_job(store, job.id, state="done")
@@ -97,8 +100,8 @@ def _run_stages(run: Run) -> None:
     plan = run.plan
     config = plan.config
     with run.progress.stage("quantizing every unit under every scheme", BANK_WEIGHT) as advance:
-        _values(run, [Task("prepare")])
-        advance(BANK_WEIGHT)
+        for _ in _values(run, [Task("prepare")]):
+            advance(BANK_WEIGHT)
     _measure_reference(run)  # before the bank is mapped: it holds a float32 model for a moment
     problems = {name: plan.problem(_raw_table(run, name)) for name in config.estimators}
     candidates = _propose(run, problems)
@@ -107,7 +110,11 @@ def _run_stages(run: Run) -> None:
     candidates = _calibrate(run, candidates, problems)
     finalists = _choose_finalists(run, candidates)
     save_candidates(run.store, candidates)
-    _measure(run, finalists, plan.texts["heldout"], "measuring finalists on held-out text")
+    heldout = plan.texts["heldout"]
+    _measure(run, finalists, heldout, "measuring finalists on held-out text")
+    if not losses(run.store, run.quality, finalists, heldout.hashes):
+        reasons = sorted({c.failure for c in candidates if c.failure})
+        raise MeasurementError(f"no candidate could be measured: {'; '.join(reasons)}")
 
 
 def _open_job(plan: Plan, store: Store) -> Job:
@@ -151,14 +158,12 @@ def spec_of(plan: Plan, cache: str | None) -> SessionSpec:
     )
 
 
-def _values(run: Run, tasks: Iterable[Task]) -> Iterable[tuple[Task, object]]:
+def _values(run: Run, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
     """Run tasks whose errors end the job."""
-    results = []
     for outcome in run.pool.run(tasks):
         if outcome.error:
             raise outcome.error
-        results.append((outcome.task, outcome.value))
-    return results
+        yield outcome.task, outcome.value
 
 
 def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
@@ -190,7 +195,15 @@ def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
             found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
             save_share(run.store, found[share])
             advance(weight)
-    return merge(_table(found[share]) for share in shares).mean()
+    table = merge(_table(found[share]) for share in shares).mean()
+    bad = ~np.isfinite(table) & plan.offered
+    if bad.any():
+        unit = plan.layout.units[int(np.argwhere(bad)[0][0])].name
+        raise MeasurementError(
+            f"the estimator {estimator} has no finite score for {unit} (and {int(bad.sum()) - 1} "
+            "other entries); try --dtype float32, or leave it out of the job's estimators"
+        )
+    return table
 
 
 def _share_row(
@@ -236,6 +249,7 @@ def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
         # a control with a certificate is what the solver would have chosen, too
         candidate.certificate = candidate.certificate or certificate
 
+    failures = {c.map_hash: c.failure for c in candidates_of(run.store, run.job.id)}
     any_problem = next(iter(problems.values()))
     uniforms = [
         (column, choice)
@@ -261,6 +275,8 @@ def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
             }
             origin = f"{estimator}, at most {budget:,} bytes"
             add(solution.choice, origin, certificate=certificate)
+    for found, candidate in candidates.items():
+        candidate.failure = failures.get(found)  # not tried again in this job
     save_candidates(run.store, candidates.values())
     return list(candidates.values())
 
@@ -349,11 +365,15 @@ def _calibrate(
     fits: dict[str, Calibration] = {name: fit_gain(raw[name], kl, floor) for name in problems}
     best = min(fits, key=lambda name: np.nan_to_num(fits[name].residual, nan=np.inf))
     for candidate, score in zip(candidates, raw[best], strict=True):
-        candidate.predicted_kl = fits[best].predict(float(score))
+        candidate.predicted_kl = fits[best].predict(float(score)) if fits[best].maps else None
     facts = {
         "predicts": best,
         "calibration": {
-            name: {"unit": ESTIMATORS[name].unit, **vars(fit)} for name, fit in fits.items()
+            name: {
+                "unit": ESTIMATORS[name].unit,
+                **{k: v if np.isfinite(v) else None for k, v in vars(fit).items()},
+            }
+            for name, fit in fits.items()
         },
     }
     run.job = update_job(run.store, run.job.id, facts=facts)

@@ -4,9 +4,9 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class Plan:
     def problem(self, loss: NDArray[np.float64]) -> Problem:
         """The allocation problem under a loss table."""
         offered = self.offered
-        loss = np.where(offered, np.nan_to_num(loss), 0.0)
+        loss = np.where(offered, loss, 0.0)
         return Problem(loss, {weight_bytes.RESOURCE: self.bytes_table}, offered)
 
     def weight_bytes(self, choice: NDArray[np.intp]) -> int:
@@ -119,6 +119,7 @@ def make_plan(config: JobConfig) -> Plan:
     checkpoint = resolve(source, config.revision, config.trust_remote_code)
     layout = describe(checkpoint)
     choices = tuple(_choices(unit, schemes, pins) for unit in layout.units)
+    _check_pins(config, layout)
     if not any(len(row) > 1 for row in choices):
         raise ConfigError("the menu leaves nothing to decide: every unit is pinned to one scheme")
     columns = tuple(menu(choices))
@@ -139,8 +140,9 @@ def make_plan(config: JobConfig) -> Plan:
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
     )
+    _check_disjoint(plan.texts)
     return_memory()  # of the import and the tokenizer; the driver outlives them by hours
-    return Plan(**{**vars(plan), "budgets": _budgets(plan)})
+    return replace(plan, budgets=_budgets(plan))
 
 
 def _choices(unit: Unit, schemes: Sequence[Scheme], pins: dict[str, Scheme]) -> tuple[Scheme, ...]:
@@ -161,6 +163,29 @@ def _choices(unit: Unit, schemes: Sequence[Scheme], pins: dict[str, Scheme]) -> 
             "add one, or pin the unit to bf16"
         )
     return fitting
+
+
+def _check_disjoint(texts: dict[str, Text]) -> None:
+    """Refuse texts that share a chunk: held-out text that was searched on proves nothing."""
+    for role, other in combinations(texts, 2):
+        if shared := set(texts[role].hashes) & set(texts[other].hashes):
+            raise ConfigError(
+                f"{role} and {other} text share {len(shared)} chunks "
+                f"('{texts[role].source}' and '{texts[other].source}'); give different texts, or "
+                "name the source the same way for both, and it will be divided"
+            )
+
+
+def _check_pins(config: JobConfig, layout: Layout) -> None:
+    """Refuse a pin that matches nothing: it would open what it was meant to protect."""
+    known = {"embedding", "head", "experts", "linear"}
+    names = [site.name for unit in layout.units for site in unit.sites]
+    for pattern in config.menu.pinned:
+        if pattern not in known and not any(fnmatch(name, pattern) for name in names):
+            raise ConfigError(
+                f"the menu pins '{pattern}', which is no kind of unit ({', '.join(sorted(known))}) "
+                f"and matches no site such as '{names[-1]}'"
+            )
 
 
 def _budgets(plan: Plan) -> tuple[int, ...]:

@@ -29,7 +29,13 @@ def run_query(
 ) -> None:
     """Print the best point of a job under constraints; raises `NothingFitsError`."""
     front = load_front(store, find_job(store, job_id))
-    cache = kv_cache_bytes(Layout.from_json(front.model.layout), Workload(batch, context))
+    layout = Layout.from_json(front.model.layout)
+    if limits["memory_bytes"] is not None and not layout.cache:
+        raise NothingFitsError(
+            "this model's KV cache is unknown (its forward pass could not be traced), so its "
+            "memory is, too; constrain --max-size instead"
+        )
+    cache = kv_cache_bytes(layout, Workload(batch, context))
     bounds = {name: inf if limit is None else limit for name, limit in limits.items()}
     point, why_not = best_point(front, Constraints(**bounds), cache)
     if point is None:

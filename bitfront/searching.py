@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
@@ -28,7 +29,7 @@ def run(config: JobConfig, store: Store, address: str, workers: int | None, as_j
 
     def open_pool(spec: SessionSpec) -> Pool:
         if address == NO_RAY:
-            return InProcessPool(spec)
+            return InProcessPool(replace(spec, threads=os.cpu_count() or 1))
         from workers.ray_pool import RayPool
 
         return RayPool(spec, address, workers)

@@ -23,7 +23,7 @@ class AssembledModel:
         self.bank, self.device = bank, device
         self.module = _skeleton(bank)
         self._aliases = _aliases(self.module)
-        self._on_device: dict[tuple[str, str], Tensor] = {}
+        self._on_device: dict[int, Tensor] = {}
         for unit in bank.layout.units:
             self._adopt(bank.reference(unit))
         self._adopt(bank.rest())
@@ -42,21 +42,20 @@ class AssembledModel:
                 self.bank.reference(unit) if scheme is None else self.bank.tensors(unit, scheme)
             )
             for name, tensor in tensors.items():
-                self._parameters[name].data = self._placed(
-                    name, "reference" if scheme is None else scheme.name, tensor
-                )
+                self._parameters[name].data = self._placed(tensor)
             self._current[i] = scheme
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of that name in the state dict."""
         return self._parameters[name]
 
-    def _placed(self, name: str, scheme: str, tensor: Tensor) -> Tensor:
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; the same one for the same page of the bank."""
         if self.device.type == "cpu":
             return tensor
-        if (name, scheme) not in self._on_device:
-            self._on_device[name, scheme] = tensor.to(self.device)
-        return self._on_device[name, scheme]
+        if tensor.data_ptr() not in self._on_device:
+            self._on_device[tensor.data_ptr()] = tensor.to(self.device)
+        return self._on_device[tensor.data_ptr()]
 
     def _adopt(self, tensors: Tensors) -> None:
         """Replace meta parameters (and persistent buffers) by real ones."""
@@ -66,7 +65,7 @@ class AssembledModel:
                 path, _, leaf = name.rpartition(".")
                 self.module.get_submodule(path)._buffers[leaf] = tensor
                 continue
-            parameter = nn.Parameter(tensor, requires_grad=False)
+            parameter = nn.Parameter(self._placed(tensor), requires_grad=False)
             for path, leaf in owners:
                 self.module.get_submodule(path)._parameters[leaf] = parameter
 

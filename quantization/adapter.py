@@ -41,10 +41,12 @@ def describe(checkpoint: Checkpoint) -> Layout:
                 config, trust_remote_code=checkpoint.trust_remote_code
             )
             return find_units(model)
-    except (ValueError, KeyError, ImportError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a model's own code runs here
         raise ModelError(
             f"'{checkpoint.name}' is not a causal language model that transformers can build "
-            f"({str(error).splitlines()[0][:200]})"
+            f"({(str(error).splitlines() or [''])[0][:200]})"
         ) from error
 
 

@@ -33,7 +33,3 @@ class Scheme:
             )
         FORMATS[weight]
         return cls(weight)
-
-    def to_json(self) -> dict[str, str]:
-        """The form that precision maps write."""
-        return {"weight": self.weight, "activation": self.activation}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.assembly import AssembledModel
+from quantization.errors import MeasurementError
 from quantization.schemes import Scheme
 from quantization.units import Site, Unit
 from sensitivity.base import (
@@ -53,20 +54,20 @@ class OutputError(Estimator):
         table = empty_table(choices)
         part = range(*share.units)
         units = model.bank.layout.units
-        watched = [
-            site for u in part if units[u].kind in ("linear", "experts") for site in units[u].sites
-        ]
+        # a head's product is only seen in a full pass, which the vocabulary makes dear
+        opened = any(units[u].layer is None and len(choices[u]) > 1 for u in part)
+        forward = model.module if opened else model.module.base_model
         moments = SecondMoments()
         model.assign(None)
         with torch.inference_mode():
-            with Tap(model, watched, moments.add):
+            with Tap(model, [site for u in part for site in units[u].stored], moments.add):
                 for ids in chunks[slice(*share.chunks)]:
-                    model.module.base_model(
-                        input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False
-                    )
+                    forward(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False)
+            counts = torch.from_numpy(np.bincount(chunks[slice(*share.chunks)].ravel()))
             for u in part:
                 table.tokens[u] = chunks[slice(*share.chunks)].size
-                add_scores(table, u, choices, partial(moments.error, model, units[u]))
+                if len(choices[u]) > 1:
+                    add_scores(table, u, choices, partial(moments.error, model, units[u], counts))
         return table
 
 
@@ -89,16 +90,29 @@ class SecondMoments:
         self._sums[key].addmm_(x.T, x)
         self._latest = inputs, self._sums[key]
 
-    def error(self, model: AssembledModel, unit: Unit, scheme: Scheme) -> float:
-        """tr(dW H dW^T) summed over a unit's sites and experts; 0 for a lookup (embedding)."""
-        total = 0.0
+    def error(self, model: AssembledModel, unit: Unit, counts: Tensor, scheme: Scheme) -> float:
+        """tr(dW H dW^T) summed over a unit's sites and experts; lookups by their counts.
+
+        Raises:
+            MeasurementError: no product with the unit was seen, so nothing is known of it.
+        """
+        total, seen = 0.0, False
         for site in unit.stored:
-            error = site_error(model.bank, unit, scheme, site)
+            error = site_error(model.bank, unit, scheme, site).to(model.device)
             error = error.mT if site.transposed else error
+            if unit.kind == "embedding":
+                rows = error[: len(counts)].square().sum(-1)
+                total += float(torch.dot(rows.double(), counts.to(rows.device, torch.float64)))
+                seen = True
             experts = error if error.dim() == 3 else error[None]
             for expert, dw in enumerate(experts):
                 moment = self._sums.get((site.name, expert))
-                if moment is not None:  # an expert that no token reached
-                    dw = dw.to(moment.device)
+                if moment is not None:  # an expert that no token reached has none
                     total += float(torch.sum((dw @ moment) * dw, dtype=torch.float64))
+                    seen = True
+        if not seen:
+            raise MeasurementError(
+                f"the estimator output-error saw no product with {unit.name}; "
+                "leave it out of the job's estimators"
+            )
         return total

@@ -59,7 +59,7 @@ class Store:
                 found = connection.execute(
                     select(column("version_num", String)).select_from(table(VERSION_TABLE))
                 )
-                return str(found.scalar_one())
+                return found.scalar_one_or_none()
         except DBAPIError as error:
             if "no such table" in str(error.orig) or "does not exist" in str(error.orig):
                 return None
@@ -87,6 +87,8 @@ class Store:
         from alembic import command
 
         with self._explained(), self.engine.begin() as connection:
+            if connection.dialect.name == "sqlite":  # whose driver commits each DDL by itself
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
             config = alembic_config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -95,13 +97,15 @@ class Store:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (DBAPIError, ArgumentError, NoSuchModuleError, OSError) as error:
+        except (DBAPIError, ArgumentError, NoSuchModuleError, ImportError, OSError) as error:
             raise self._explain(error) from error
 
     def _explain(self, error: Exception) -> StoreError:
         """One line for the ways in which a database refuses."""
         said = str(getattr(error, "orig", None) or error).splitlines()[0]
         advice = "check the URL given by --store or BITFRONT_STORE"
+        if isinstance(error, ImportError):
+            advice = "install the database's driver: pip install 'psycopg[binary]' for PostgreSQL"
         if "readonly" in said or "read-only" in said or isinstance(error, PermissionError):
             advice = "it is read-only: make it writable, or name another with --store"
         elif "locked" in said:
@@ -134,8 +138,10 @@ def _engine(url: str, lock_patience_s: float) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
         return create_engine(parsed, pool_pre_ping=True)
-    if parsed.database and parsed.database != ":memory:":
-        Path(parsed.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    if parsed.database and not parsed.database.startswith((":memory:", "file:")):
+        path = Path(parsed.database).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parsed = parsed.set(database=str(path))
     engine = create_engine(parsed, connect_args={"timeout": lock_patience_s})
 
     @event.listens_for(engine, "connect")

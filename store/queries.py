@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from store.database import Store
 from store.errors import NotFoundError
-from store.tables import Candidate, Job, Measurement, Model, SensitivityShare
+from store.tables import Candidate, Job, Measurement, Model, SensitivityShare, now
 
 KEYS_A_QUERY = 500  # SQLite allows 999 variables in a statement
 
@@ -45,8 +47,10 @@ def open_job(store: Store, key: str, weights_hash: str, config: dict[str, Any]) 
         if job is None:
             job = Job(key=key, weights_hash=weights_hash, state="running", config=config, facts={})
             session.add(job)
-        elif job.state == "failed":
-            job.state, job.error = "running", None
+        else:
+            job.updated_at, job.config = now(), config  # asked for again: the latest, where it lies
+            if job.state == "failed":
+                job.state, job.error = "running", None
         session.flush()
         return job
 
@@ -117,8 +121,11 @@ def candidates_of(store: Store, job_id: int) -> list[Candidate]:
 
 
 def save_measurement(store: Store, measurement: Measurement) -> None:
-    """Insert a measurement; one that is there already stays as it was."""
-    with store.session() as session:
+    """Insert a measurement; one that is there already stays as it was.
+
+    Two drivers of the same job may arrive with the same one at the same time: the first counts.
+    """
+    with store.session() as session, suppress(IntegrityError), session.begin_nested():
         if session.get(Measurement, measurement.key) is None:
             session.add(measurement)
 

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
 import pytest
 import torch
 import transformers
@@ -14,8 +16,6 @@ from quantization.bank import Bank
 from quantization.checkpoints import Checkpoint, resolve
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 SIZES = {
     "hidden_size": 64,

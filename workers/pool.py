@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from quantization.errors import BitfrontError
+import torch
+from safetensors import SafetensorError
+
+from quantization.errors import BitfrontError, WorkerError
 from workers.session import Session, SessionSpec
 
 
@@ -30,6 +33,21 @@ class Outcome:
     task: Task
     value: Any = None
     error: BitfrontError | None = None
+
+
+def call(session: Session, method: str, arguments: dict[str, Any]) -> Any:
+    """Call a method of a session; what a machine refuses (disk, memory) becomes one line.
+
+    Raises:
+        BitfrontError: of the work itself, or for the machine's refusal.
+    """
+    try:
+        return getattr(session, method)(**arguments)
+    except (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError) as error:
+        raise WorkerError(
+            f"'{method}' failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; "
+            "what was measured is kept: mend it, then run the same command again"
+        ) from error
 
 
 class Pool(ABC):
@@ -91,7 +109,7 @@ class InProcessPool(Pool):
         """See `Pool.next`."""
         task = self._queue.popleft()
         try:
-            return Outcome(task, getattr(self._session, task.method)(**task.arguments))
+            return Outcome(task, call(self._session, task.method, task.arguments))
         except BitfrontError as error:
             return Outcome(task, error=error)
 

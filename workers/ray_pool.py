@@ -7,20 +7,23 @@ and its task goes back to the front of the queue.
 
 import logging
 import os
-import sys
+import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from quantization.errors import BitfrontError, WorkerError
-from workers.pool import Outcome, Pool, Task
+from workers.pool import Outcome, Pool, Task, call
 from workers.session import Session, SessionSpec
 
 LOCAL = "local"
 MOST_LOCAL_WORKERS = 8
 ATTEMPTS = 3
+RESTART_PATIENCE_S = 120
+START_PATIENCE_S = 300
 OBJECT_STORE_BYTES = 128 * 2**20  # tasks and results are small; weights travel by the page cache
 
 
@@ -33,12 +36,12 @@ class _Worker:
     def run(self, method: str, arguments: dict[str, Any]) -> Any:
         """Call a method of the session; its errors are values, Ray's are exceptions."""
         try:
-            return getattr(self._session, method)(**arguments), None
+            return call(self._session, method, arguments), None
         except BitfrontError as error:
             return None, error
 
     def process(self) -> int:
-        """The process, for tests that kill it."""
+        """The process number: answers once the actor lives."""
         return os.getpid()
 
 
@@ -55,20 +58,34 @@ class RayPool(Pool):
         _connect(address)
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), max(int(resources.get("CPU", 1)), 1)
-        machines = max(len([node for node in ray.nodes() if node["Alive"]]), 1)
-        self.workers = workers or gpus or min(cores, MOST_LOCAL_WORKERS * machines)
-        threads = max(cores // self.workers, 1)
-        spec = SessionSpec(**{**vars(spec), "threads": threads})
+        machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        self.workers = workers or gpus or min(cores, MOST_LOCAL_WORKERS * max(len(machines), 1))
+        largest = int(max(machines, default=1)) or 1
+        threads = max(min(cores // self.workers, largest), 1)
         options = {
             "num_cpus": min(threads, cores / self.workers),
-            "num_gpus": 1 if gpus else 0,
+            "num_gpus": min(1, gpus / self.workers),
             "max_restarts": -1,
         }
         actor = ray.remote(_Worker).options(**options)
-        self._actors = [actor.remote(spec) for _ in range(self.workers)]
+        self._actors = [actor.remote(replace(spec, threads=threads)) for _ in range(self.workers)]
+        self._await_actors()
         self._idle = deque(self._actors)
         self._queue: deque[tuple[Task, int]] = deque()
         self._running: dict[Any, tuple[Any, Task, int]] = {}
+
+    def _await_actors(self) -> None:
+        """Wait until all actors run; a cluster without room for them would hang silently."""
+        try:
+            ray.get([actor.process.remote() for actor in self._actors], timeout=START_PATIENCE_S)
+        except RayError as error:
+            raise WorkerError(
+                f"{self.workers} workers did not start within {START_PATIENCE_S} s on a cluster of "
+                f"{ray.cluster_resources().get('CPU', 0):g} CPUs and "
+                f"{ray.cluster_resources().get('GPU', 0):g} GPUs "
+                f"({(str(error).splitlines() or [type(error).__name__])[0][:160]}); "
+                "try fewer with --workers"
+            ) from error
 
     def submit(self, task: Task) -> None:
         """See `Pool.submit`."""
@@ -82,14 +99,15 @@ class RayPool(Pool):
                 raise LookupError("no task is queued")
             [reference], _ = ray.wait(list(self._running), num_returns=1)
             actor, task, attempt = self._running.pop(reference)
-            self._idle.append(actor)
             try:
                 value, error = ray.get(reference)
-            except RayTaskError:
+            except RayTaskError:  # a bug in the task, which another worker would repeat
                 raise
-            except (RayActorError, RayError) as failure:
+            except RayError as failure:
                 self._retry(task, attempt, failure)
+                self._revive(actor)
                 continue
+            self._idle.append(actor)
             self._dispatch()
             return Outcome(task, value, error)
 
@@ -111,6 +129,25 @@ class RayPool(Pool):
                 "try fewer workers (--workers), it may be out of memory"
             ) from failure
         self._queue.appendleft((task, attempt + 1))
+        self._dispatch()
+
+    def _revive(self, actor: Any) -> None:
+        """Wait until Ray has restarted an actor; the others work on meanwhile."""
+        deadline = time.monotonic() + RESTART_PATIENCE_S
+        while True:
+            try:
+                ray.get(actor.process.remote())
+            except RayError as failure:
+                if time.monotonic() > deadline:
+                    raise WorkerError(
+                        f"a worker died and did not come back in {RESTART_PATIENCE_S} s "
+                        f"({str(failure).splitlines()[0][:160]}); what was measured is kept: "
+                        "run the same command again"
+                    ) from failure
+                time.sleep(0.2)
+            else:
+                break
+        self._idle.append(actor)
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -139,4 +176,3 @@ def _connect(address: str) -> None:
             f"can't connect to Ray at '{address}' ({str(error).splitlines()[0][:200]}); "
             "start one with `ray start --head`, or leave out --address"
         ) from error
-    sys.stderr.flush()

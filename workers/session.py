@@ -110,8 +110,8 @@ class Session:
     def _local_checkpoint(self) -> Checkpoint:
         """The checkpoint on this node: the driver's folder, or the same model found anew."""
         wanted = self._spec.checkpoint
-        if Path(wanted.folder).exists():
-            return wanted
+        if Path(wanted.folder).is_relative_to(cache_dir()) and Path(wanted.folder).exists():
+            return wanted  # an import, named by the hash of what it was made from
         found = resolve(wanted.name, wanted.revision, wanted.trust_remote_code)
         if found.weights_hash != wanted.weights_hash:
             raise ModelError(

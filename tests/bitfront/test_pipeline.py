@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from bitfront.plan import make_plan
 from bitfront.progress import Silent
 from quantization.errors import BankError, BitfrontError, MeasurementError, UnknownNameError
 from search.errors import InfeasibleBudgetError
+from search.exact import solve
 from store.database import Store
-from store.queries import candidates_of, find_job
-from store.tables import Measurement
+from store.queries import candidates_of, find_job, update_job
+from store.tables import Measurement, SensitivityShare
 from workers.pool import InProcessPool, Outcome
 
 SMALL = {"texts.calibration.chunks": 2, "texts.search.chunks": 2, "texts.heldout.chunks": 4,
@@ -28,17 +30,19 @@ SMALL = {"texts.calibration.chunks": 2, "texts.search.chunks": 2, "texts.heldout
 
 
 def small_config(folder, **more) -> JobConfig:
-    return load_config(str(folder), None, {**SMALL, **more})
+    base = {k: v for k, v in SMALL.items() if k != "menu" or not any("menu." in m for m in more)}
+    return load_config(str(folder), None, {**base, **more})
 
 
 class CountingPool(InProcessPool):
-    """Counts what it runs."""
+    """Remembers what it runs."""
 
-    count = 0
+    methods: ClassVar[list[str]] = []
 
     def next(self) -> Outcome:
-        type(self).count += 1
-        return super().next()
+        outcome = super().next()
+        self.methods.append(outcome.task.method)
+        return outcome
 
 
 @pytest.fixture
@@ -101,9 +105,12 @@ def test_solutions_keep_their_budgets_and_carry_certificates(done):
 
 def test_asking_again_measures_nothing(done):
     store, job, plan = done
-    CountingPool.count = 0
+    CountingPool.methods.clear()
     assert run_search(plan, store, CountingPool, Silent()) == job
-    assert CountingPool.count == 0
+    assert CountingPool.methods == []
+    update_job(store, job, state="running")  # even if it hadn't known that it was done
+    run_search(plan, store, CountingPool, Silent())
+    assert CountingPool.methods == ["prepare"]
 
 
 def test_another_question_reuses_what_was_measured(done):
@@ -111,11 +118,14 @@ def test_another_question_reuses_what_was_measured(done):
     store, job, plan = done
     more = make_plan(plan.config.model_copy(update={"budgets": (2.5, 3.1, 4.5, 6.0, 8.5)}))
     before = _measured(store)
-    CountingPool.count = 0
+    CountingPool.methods.clear()
     other = run_search(more, store, CountingPool, Silent())
     assert other != job
-    assert CountingPool.count < before / 2
-    assert _measured(store) > before
+    assert "estimate" not in CountingPool.methods
+    assert CountingPool.methods.count("measure") == _measured(store) - before > 0
+    assert find_job(store, None).id == other
+    assert run_search(plan, store, CountingPool, Silent()) == job
+    assert find_job(store, None).id == job  # asked for again, it is the latest
 
 
 def test_results_do_not_depend_on_the_pool(done, tiny_folders, store, tmp_path):
@@ -145,9 +155,56 @@ def test_a_candidate_with_nan_is_reported_and_the_rest_goes_on(tiny_folders, sto
     failed = [c for c in candidates_of(store, job) if c.failure]
     assert failed
     assert all("int2-g32" in c.schemes for c in failed)
-    points = load_front(store, find_job(store, job)).points
-    assert points
-    assert {p.id for p in points}.isdisjoint(c.point for c in failed)
+    front = load_front(store, find_job(store, job))
+    assert front.points
+    assert {p.id for p in front.points}.isdisjoint(c.point for c in failed)
+    assert sum("NaN or infinity" in finding for finding in front.findings) == len(failed)
+
+
+def test_nan_everywhere_ends_the_job_with_one_line(tiny_folders, store):
+    class AllPoisoned(InProcessPool):
+        def next(self) -> Outcome:
+            outcome = super().next()
+            if outcome.task.method == "measure" and outcome.task.arguments["schemes"]:
+                return Outcome(outcome.task, error=MeasurementError("NaN or infinity"))
+            return outcome
+
+    plan = make_plan(small_config(tiny_folders("llama")))
+    with pytest.raises(MeasurementError, match="no candidate could be measured: NaN"):
+        run_search(plan, store, AllPoisoned, Silent())
+    assert find_job(store, None).state == "failed"
+
+
+def test_a_table_with_nan_is_refused(tiny_folders, store):
+    """A unit of unknown loss must not look like one that costs nothing."""
+
+    class NoGradient(InProcessPool):
+        def next(self) -> Outcome:
+            outcome = super().next()
+            if outcome.task.method == "estimate":
+                outcome.value[0].sums[3, 1] = np.nan
+            return outcome
+
+    plan = make_plan(small_config(tiny_folders("llama")))
+    with pytest.raises(MeasurementError, match="no finite score for model.layers.0.mlp"):
+        run_search(plan, store, NoGradient, Silent())
+
+
+def test_an_open_embedding_and_head_are_scored_by_both_estimators(tiny_folders, store):
+    menu = {"schemes": ["int4-g32", "int8-g32"], "pinned": {}}
+    for family in ("llama", "qwen3"):
+        plan = make_plan(small_config(tiny_folders(family), menu=menu))
+        assert plan.open_units.all()
+        job = run_search(plan, store, InProcessPool, Silent())
+        with store.session() as session:
+            shares = session.query(SensitivityShare).all()
+        outer = [i for i, unit in enumerate(plan.layout.units) if unit.layer is None]
+        totals = {name: np.zeros((len(plan.choices), 2)) for name in plan.config.estimators}
+        for share in shares:
+            if share.provenance["weights_hash"] == plan.checkpoint.weights_hash:
+                totals[share.estimator] += np.array(share.sums, dtype=float)
+        assert all((table[outer] > 0).all() for table in totals.values())
+        assert load_front(store, find_job(store, job)).points
 
 
 def test_a_failure_is_recorded_and_what_was_measured_stays(tiny_folders, store):
@@ -164,9 +221,10 @@ def test_a_failure_is_recorded_and_what_was_measured_stays(tiny_folders, store):
     job = find_job(store, None)
     assert (job.state, job.error) == ("failed", "can't write the bank: disk full")
     assert _measured(store) == 5
-    CountingPool.count = 0
+    CountingPool.methods.clear()
     run_search(plan, store, CountingPool, Silent())
     assert find_job(store, None).state == "done"
+    assert CountingPool.methods.count("measure") == _measured(store) - 5
 
 
 KILLED = """
@@ -178,34 +236,35 @@ main()
 
 
 def test_a_killed_driver_goes_on_from_where_it_was(tiny_folders, tmp_path):
-    """kill -9 in mid-search, start again: no measurement is made twice, the front is whole."""
+    """kill -9 in mid-search, start again: only what is missing is measured."""
     url = f"sqlite:///{tmp_path}/s.sqlite"
-    (tmp_path / "job.yaml").write_text(
+    file = tmp_path / "job.yaml"
+    file.write_text(
         "menu: int2-g32,int3-g32,int4-g32,int6-g32,int8-g32\ndtype: float32\ntexts:\n"
         + "".join(
             f"  {role}: {{source: python-docs, chunks: {n}, length: 64}}\n"
             for role, n in (("calibration", 2), ("search", 12), ("heldout", 12))
         )
     )
-    command = [
-        sys.executable, "-c", KILLED, str(tiny_folders("llama")), "-c", str(tmp_path / "job.yaml"),
-        "--store", url, "--address", "none", "--json",
-    ]  # fmt: skip
+    folder = str(tiny_folders("llama"))
+    command = [sys.executable, "-c", KILLED, folder, "-c", str(file), "--store", url,
+               "--address", "none"]  # fmt: skip
     store = Store(url).open()
     victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while _measured(store) < 20 and time.monotonic() < deadline and victim.poll() is None:
+    while _measured(store) < 40 and time.monotonic() < deadline and victim.poll() is None:
         time.sleep(0.005)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
-    kept = _stamps(store)
-    assert len(kept) >= 20
+    kept = _measured(store)
+    assert kept >= 40
     assert find_job(store, None).state == "running"  # it was killed before its end
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    points = json.loads(finished.stdout)["points"]
-    assert len(points) >= 8
-    after = _stamps(store)
-    assert {key: after[key] for key in kept} == kept
+    CountingPool.methods.clear()
+    job = run_search(make_plan(load_config(folder, file, {})), store, CountingPool, Silent())
+    assert find_job(store, None).id == job
+    assert len(load_front(store, find_job(store, job)).points) >= 8
+    assert CountingPool.methods.count("measure") == _measured(store) - kept
+    assert "estimate" not in CountingPool.methods  # sensitivities were in the store, too
 
 
 @pytest.mark.parametrize(
@@ -224,6 +283,13 @@ def test_a_killed_driver_goes_on_from_where_it_was(tiny_folders, tmp_path):
         ({"texts.search.chunks": 10**6}, BitfrontError, "is too short"),
         ({"menu": "absent.yaml"}, BitfrontError, "can't read 'absent.yaml'"),
         ({"menu": "int4-g32"}, BitfrontError, "leaves nothing to decide"),
+        (
+            {"menu.pinned": {"embeding": "bf16"}, "menu.schemes": ["int4-g32", "int8-g32"]},
+            BitfrontError,
+            "pins 'embeding', which is no kind of unit",
+        ),
+        ({"budgets": [float("nan")]}, BitfrontError, "budgets.0"),
+        ({"texts.heldout.chunks": 1}, BitfrontError, "texts.heldout.chunks"),
     ],
 )
 def test_bad_input_is_one_line(tiny_folders, more, error, words):
@@ -234,10 +300,11 @@ def test_bad_input_is_one_line(tiny_folders, more, error, words):
 
 def test_the_smallest_budget_that_is_possible_is_possible(tiny_folders):
     plan = make_plan(small_config(tiny_folders("llama"), budgets=[2.5]))
-    [budget] = plan.budgets
-    assert budget == min(
-        plan.weight_bytes(np.full(len(plan.choices), 1) * plan.open_units) for _ in range(1)
-    )
+    problem = plan.problem(np.ones(plan.bytes_table.shape))
+    limit = plan.budgets[0] - plan.other_bytes
+    assert plan.average_bits(solve(problem, {"weight_bytes": limit}).choice) == 2.5
+    with pytest.raises(InfeasibleBudgetError):
+        solve(problem, {"weight_bytes": limit - 1})
 
 
 def test_queries_answer_by_constraint(done):

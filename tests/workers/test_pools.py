@@ -71,15 +71,18 @@ def test_an_error_of_the_work_is_an_outcome(pool, monkeypatch):
     assert "nearest: fisher" in str(outcome.error)
 
 
-def test_a_killed_worker_loses_no_task(ray_pool, spec):
+@pytest.mark.parametrize("victims_of", [1, 2], ids=["one of two", "both"])
+def test_killed_workers_lose_no_task(ray_pool, spec, victims_of):
     """kill -9 in mid-measurement: Ray restarts the actor, the task runs again."""
     victims = ray_pool.processes()
     tasks = measurements(spec)
     for task in tasks:
         ray_pool.submit(task)
-    os.kill(victims[0], signal.SIGKILL)
+    for victim in victims[:victims_of]:
+        os.kill(victim, signal.SIGKILL)
     outcomes = [ray_pool.next() for _ in tasks]
     assert sorted(outcome.task.label for outcome in outcomes) == list(range(len(IDS)))
+    assert not set(victims[:victims_of]) & set(ray_pool.processes())
 
 
 class Deadly:

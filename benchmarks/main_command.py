@@ -4,7 +4,7 @@ Runs `bitfront search demo` in a new cache and store, samples the proportional s
 processes (Ray's included; pages that several map are shared between them, so the sum counts them
 once), and prints what the goals speak of: under 6 minutes, under 4 GB, at least 8 measured points.
 
-    python benchmarks/main_command.py [--json]
+    python benchmarks/main_command.py
 """
 
 import json

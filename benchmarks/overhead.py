@@ -4,7 +4,7 @@ Times, interleaved in one run and with the same threads: the plain forward pass 
 that holds its candidate already; and the same tokens through a Ray worker, each time with another
 candidate. Prints the overhead (goal: at most 5 %), the KL's share, and what a switch costs.
 
-    python benchmarks/overhead.py [--rounds 12] [--json]
+    python benchmarks/overhead.py [--rounds 12]
 """
 
 import argparse

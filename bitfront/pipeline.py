@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from bitfront.fronts import losses, reference_hash
 from bitfront.plan import Plan
 from bitfront.progress import Progress
-from cost_models import weight_bytes
+from bitfront.proposals import propose
 from evaluation.texts import Text
 from quantization.errors import BitfrontError, MeasurementError
 from quantization.quantizers import QUANTIZERS
 from search.calibration import Calibration, fit_gain
-from search.controls import random_at, uniform
 from search.errors import SearchError
-from search.exact import sweep
 from search.problem import Problem
 from sensitivity import ESTIMATORS, RawTable, merge
 from store.database import Store
@@ -46,8 +44,10 @@ from workers.session import SessionSpec
 Choice = NDArray[np.intp]
 OpenPool = Callable[[SessionSpec], Pool]
 
-# rough costs in units of one candidate on one chunk, for the progress bar's estimate only
-BANK_WEIGHT, FISHER_WEIGHT, OUTPUT_ERROR_WEIGHT = 30, 5, 12
+BANK, REFERENCE = "quantizing every unit under every scheme", "the unquantized model"
+SEARCH, HELDOUT = "candidates on the search text", "finalists on held-out text"
+# how long tasks take in units of one candidate on one chunk, for the bar's first estimate only
+BANK_WEIGHT, ESTIMATE_WEIGHT = 20, 12
 
 
 @dataclass
@@ -99,22 +99,40 @@ def run_search(
 def _run_stages(run: Run) -> None:
     plan = run.plan
     config = plan.config
-    with run.progress.stage("quantizing every unit under every scheme", BANK_WEIGHT) as advance:
+    run.progress.expect(_expected_work(plan))
+    with run.progress.stage(BANK, 1, BANK_WEIGHT) as advance:
         for _ in _values(run, [Task("prepare")]):
-            advance(BANK_WEIGHT)
+            advance(1)
     _measure_reference(run)  # before the bank is mapped: it holds a float32 model for a moment
     problems = {name: plan.problem(_raw_table(run, name)) for name in config.estimators}
     candidates = _propose(run, problems)
     search = plan.texts["search"]
-    _measure(run, candidates, search, "measuring candidates on the search text")
+    _measure(run, candidates, search, SEARCH)
     candidates = _calibrate(run, candidates, problems)
     finalists = _choose_finalists(run, candidates)
     save_candidates(run.store, candidates)
     heldout = plan.texts["heldout"]
-    _measure(run, finalists, heldout, "measuring finalists on held-out text")
+    _measure(run, finalists, heldout, HELDOUT)
     if not losses(run.store, run.quality, finalists, heldout.hashes):
         reasons = sorted({c.failure for c in candidates if c.failure})
         raise MeasurementError(f"no candidate could be measured: {'; '.join(reasons)}")
+
+
+def _expected_work(plan: Plan) -> dict[str, float]:
+    """Each stage's probable work, in measurements of one candidate on one chunk."""
+    config, units = plan.config, len(plan.layout.units)
+    controls = len(config.menu.schemes) + config.random_controls
+    proposals = controls + len(plan.budgets) * len(config.estimators)
+    work = {
+        BANK: float(BANK_WEIGHT),
+        REFERENCE: float(config.texts.heldout.chunks),
+        SEARCH: float(proposals * config.texts.search.chunks),
+        HELDOUT: float((controls + len(plan.budgets)) * config.texts.heldout.chunks),
+    }
+    for name in config.estimators:
+        shares = ESTIMATORS[name].shares(units, config.texts.calibration.chunks)
+        work[f"sensitivity: {name}"] = float(ESTIMATE_WEIGHT * len(shares))
+    return work
 
 
 def _open_job(plan: Plan, store: Store) -> Job:
@@ -181,9 +199,7 @@ def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
     keys = {share: key_of(estimator, *provenance.values(), share) for share in shares}
     found = {share: row for share in shares if (row := find_share(run.store, keys[share]))}
     missing = [share for share in shares if share not in found]
-    weight = FISHER_WEIGHT if estimator == "fisher" else OUTPUT_ERROR_WEIGHT
-    stage = run.progress.stage(f"sensitivity: {estimator}", weight * len(missing))
-    with stage as advance:
+    with run.progress.stage(f"sensitivity: {estimator}", len(missing), ESTIMATE_WEIGHT) as advance:
         tasks = [
             Task("estimate", {"estimator": estimator, "chunks": text.ids, "share": s}, label=s)
             for s in missing
@@ -194,7 +210,7 @@ def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
             share, (table, seconds) = outcome.task.label, outcome.value
             found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
             save_share(run.store, found[share])
-            advance(weight)
+            advance(1)
     table = merge(_table(found[share]) for share in shares).mean()
     bad = ~np.isfinite(table) & plan.offered
     if bad.any():
@@ -221,70 +237,13 @@ def _table(row: SensitivityShare) -> RawTable:
 
 
 def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
-    """Controls first, then each estimator's optimum at each budget; equal maps once."""
-    plan = run.plan
-    candidates: dict[str, Candidate] = {}
-
-    def add(
-        choice: Choice,
-        origin: str,
-        control: str | None = None,
-        certificate: dict[str, float] | None = None,
-    ) -> None:
-        found = plan.map_hash(choice)
-        candidate = candidates.setdefault(
-            found,
-            Candidate(
-                job_id=run.job.id,
-                point=len(candidates) + 1,
-                map_hash=found,
-                origin=origin,
-                control=control,
-                schemes=[scheme.name for scheme in plan.schemes(choice)],
-                weight_bytes=plan.weight_bytes(choice),
-                average_bits=plan.average_bits(choice),
-                finalist=False,
-            ),
-        )
-        # a control with a certificate is what the solver would have chosen, too
-        candidate.certificate = candidate.certificate or certificate
-
+    """The job's candidates; those that failed before aren't tried again in this job."""
     failures = {c.map_hash: c.failure for c in candidates_of(run.store, run.job.id)}
-    any_problem = next(iter(problems.values()))
-    uniforms = [
-        (column, choice)
-        for column in range(len(plan.menu))
-        if (choice := uniform(any_problem, column)) is not None
-    ]
-    for column, choice in uniforms:
-        add(choice, f"uniform {plan.menu[column].name}", "uniform")
-    sizes = sorted(plan.weight_bytes(choice) for _, choice in uniforms)
-    generator = np.random.default_rng(plan.config.seed)
-    for size in _middle(sizes or list(plan.budgets), plan.config.random_controls):
-        limit = size - plan.other_bytes
-        add(random_at(any_problem, weight_bytes.RESOURCE, limit, generator), "random", "random")
-    for estimator, problem in problems.items():
-        limits = [budget - plan.other_bytes for budget in plan.budgets]
-        solutions = sweep(problem, weight_bytes.RESOURCE, limits)
-        for budget, solution in zip(plan.budgets, solutions, strict=True):
-            certificate = {
-                "budget": budget,
-                "raw_loss": solution.loss,
-                "raw_bound": solution.bound,
-                "gap": solution.gap,
-            }
-            origin = f"{estimator}, at most {budget:,} bytes"
-            add(solution.choice, origin, certificate=certificate)
-    for found, candidate in candidates.items():
-        candidate.failure = failures.get(found)  # not tried again in this job
-    save_candidates(run.store, candidates.values())
-    return list(candidates.values())
-
-
-def _middle(sizes: list[int], count: int) -> list[int]:
-    """`count` of the sizes, from the middle outwards: extremes leave nothing to randomise."""
-    order = sorted(range(len(sizes)), key=lambda i: abs(i - (len(sizes) - 1) / 2))
-    return [sizes[i] for i in sorted(order[:count])]
+    candidates = propose(run.plan, run.job.id, problems)
+    for candidate in candidates:
+        candidate.failure = failures.get(candidate.map_hash)
+    save_candidates(run.store, candidates)
+    return candidates
 
 
 def _measure(run: Run, candidates: Sequence[Candidate], text: Text, label: str) -> None:
@@ -326,7 +285,7 @@ def _measure_reference(run: Run) -> None:
     ]
     if "noise_floor" not in run.job.facts:
         tasks.append(Task("noise_floor", {"ids": run.plan.texts["search"].ids[0]}))
-    with run.progress.stage("the unquantized model on held-out text", len(tasks)) as advance:
+    with run.progress.stage(REFERENCE, len(tasks)) as advance:
         for task, value in _values(run, tasks):
             if task.method == "noise_floor":
                 run.job = update_job(run.store, run.job.id, facts={"noise_floor": value})

@@ -1,6 +1,6 @@
-"""Progress of a job: one bar over all stages, on stderr, with an estimate from what was done."""
+"""Progress of a job on stderr: a bar a stage, and one over all with the time that is left."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, Self
 
@@ -15,39 +15,50 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+Advance = Callable[[int], None]
+
 
 class Progress(Protocol):
-    """What the pipeline reports to."""
+    """What the pipeline reports to. Work is counted in measurements of a candidate on a chunk."""
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        """The work that each stage will probably take, by label."""
 
     @contextmanager
-    def stage(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A stage of `total` steps; yields the function that reports steps done."""
+    def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
+        """A stage of `steps`, each worth `weight`; yields the function that reports steps done."""
 
 
 class Silent:
     """Reports nothing."""
 
+    def expect(self, work: Mapping[str, float]) -> None:
+        """See `Progress.expect`."""
+
     @contextmanager
-    def stage(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
         """See `Progress.stage`."""
         yield lambda _: None
 
 
 class RichProgress:
-    """A bar a stage, finished ones above the running one."""
+    """Bars on a console. The whole's total is corrected as stages find out what is left to do."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Bars(
             SpinnerColumn(),
-            TextColumn("{task.description}", justify="left"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
             console=console,
-            speed_estimate_period=60,
+            speed_estimate_period=120,
         )
+        self._expected: dict[str, float] = {}
+        self._whole = self._bars.add_task("the whole job", total=None)
+        self._done = 0.0
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -56,9 +67,25 @@ class RichProgress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
+    def expect(self, work: Mapping[str, float]) -> None:
+        """See `Progress.expect`."""
+        self._expected = dict(work)
+
     @contextmanager
-    def stage(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
         """See `Progress.stage`."""
-        task = self._bars.add_task(label, total=total or 1, completed=0 if total else 1)
-        yield lambda steps: self._bars.advance(task, steps)
-        self._bars.update(task, completed=total or 1)
+        self._expected[label] = steps * weight
+        self._update()
+        task = self._bars.add_task(label, total=steps or 1, completed=0 if steps else 1)
+
+        def advance(count: int) -> None:
+            self._bars.advance(task, count)
+            self._done += count * weight
+            self._update()
+
+        yield advance
+        self._bars.update(task, completed=steps or 1)
+
+    def _update(self) -> None:
+        total = round(sum(self._expected.values()))
+        self._bars.update(self._whole, total=total or 1, completed=round(self._done))

@@ -44,7 +44,7 @@ def searched(run, tiny_folders, tmp_path_factory):
 
 def test_search_prints_json_and_nothing_else_on_stdout(searched):
     assert len(json.loads(searched.stdout)["points"]) >= 5
-    assert "measuring candidates" in searched.stderr
+    assert "candidates on the search text" in searched.stderr
 
 
 def test_front_query_and_jobs_answer(run, searched):

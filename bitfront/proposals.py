@@ -1,0 +1,75 @@
+"""What a job measures: uniform and random controls, and the solver's optimum at each budget."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront.plan import Plan
+from cost_models import weight_bytes
+from search.controls import random_at, uniform
+from search.exact import sweep
+from search.problem import Problem
+from store.tables import Candidate
+
+Choice = NDArray[np.intp]
+
+
+def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candidate]:
+    """Controls first, then each estimator's optimum at each budget; equal maps once."""
+    candidates: dict[str, Candidate] = {}
+
+    def add(
+        choice: Choice,
+        origin: str,
+        control: str | None = None,
+        certificate: dict[str, float] | None = None,
+    ) -> None:
+        found = plan.map_hash(choice)
+        candidate = candidates.setdefault(
+            found,
+            Candidate(
+                job_id=job_id,
+                point=len(candidates) + 1,
+                map_hash=found,
+                origin=origin,
+                control=control,
+                schemes=[scheme.name for scheme in plan.schemes(choice)],
+                weight_bytes=plan.weight_bytes(choice),
+                average_bits=plan.average_bits(choice),
+                finalist=False,
+            ),
+        )
+        # a control with a certificate is what the solver would have chosen, too
+        candidate.certificate = candidate.certificate or certificate
+
+    any_problem = next(iter(problems.values()))
+    uniforms = [
+        (column, choice)
+        for column in range(len(plan.menu))
+        if (choice := uniform(any_problem, column)) is not None
+    ]
+    for column, choice in uniforms:
+        add(choice, f"uniform {plan.menu[column].name}", "uniform")
+    sizes = sorted(plan.weight_bytes(choice) for _, choice in uniforms)
+    generator = np.random.default_rng(plan.config.seed)
+    for size in _middle(sizes or list(plan.budgets), plan.config.random_controls):
+        limit = size - plan.other_bytes
+        add(random_at(any_problem, weight_bytes.RESOURCE, limit, generator), "random", "random")
+    for estimator, problem in problems.items():
+        limits = [budget - plan.other_bytes for budget in plan.budgets]
+        solutions = sweep(problem, weight_bytes.RESOURCE, limits)
+        for budget, solution in zip(plan.budgets, solutions, strict=True):
+            certificate = {
+                "budget": budget,
+                "raw_loss": solution.loss,
+                "raw_bound": solution.bound,
+                "gap": solution.gap,
+            }
+            origin = f"{estimator}, at most {budget:,} bytes"
+            add(solution.choice, origin, certificate=certificate)
+    return list(candidates.values())
+
+
+def _middle(sizes: list[int], count: int) -> list[int]:
+    """`count` of the sizes, from the middle outwards: extremes leave nothing to randomise."""
+    order = sorted(range(len(sizes)), key=lambda i: abs(i - (len(sizes) - 1) / 2))
+    return [sizes[i] for i in sorted(order[:count])]

@@ -11,7 +11,7 @@ PICK_POINT := $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["po
 # search the demo model, draw its front, export the best map of at most 4.5 bits and check it
 demo: $(VENV)/.demo
 	$(BIN)/bitfront search demo
-	$(BIN)/bitfront front --html demo/front.html > /dev/null
+	$(BIN)/bitfront front --html demo/front.html --json > /dev/null
 	POINT=$$($(BIN)/bitfront query --max-bits 4.5 --json | $(PICK_POINT)) && \
 	$(BIN)/bitfront export --point $$POINT --to map -o demo/map --force && \
 	$(BIN)/bitfront export --point $$POINT --to safetensors -o demo/checkpoint --force

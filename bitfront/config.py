@@ -1,5 +1,6 @@
 """Job configuration: a YAML preset, a user's file over it, command-line flags over both."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,6 +116,8 @@ def _menu(name: str) -> dict[str, Any]:
         known.add(entry.name.removesuffix(".yaml"), None)
     if name in known:
         return _preset("menus", name)
+    if "," not in name and not re.match(r"[a-z]+\d", name):
+        known[name]  # neither formats nor a menu: say so, with the nearest menus
     schemes = [part.strip() for part in name.split(",") if part.strip()]
     return {"schemes": schemes, "pinned": {"embedding": "bf16", "head": "bf16"}}
 

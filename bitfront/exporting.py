@@ -30,7 +30,7 @@ def export_point(
     target = load_target(target_name)
     point = front.point(number)
     if point is None:
-        known = ", ".join(str(p.id) for p in front.points) or "none"
+        known = ", ".join(map(str, sorted(p.id for p in front.points))) or "none"
         raise ExportError(f"job {front.job.id} has no measured point {number}; there are: {known}")
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"'{folder}' is a file; choose a folder")

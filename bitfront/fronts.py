@@ -16,6 +16,9 @@ from store.database import Store
 from store.queries import QualityKey, candidates_of, find_model, key_of, measurements
 from store.tables import Candidate, Job, Measurement, Model
 
+SAME_SIZE = 0.001  # less than one unit's step between neighbouring schemes
+COMPARABLE_SIZE = 0.01
+
 
 @dataclass(frozen=True)
 class Point:
@@ -168,7 +171,8 @@ def _findings(points: Sequence[Point], heldout: dict[str, MapLoss], solved: set[
         if control.id in solved:
             findings.append(f"At its size, {name} is also the solver's choice.")
             continue
-        rivals = [p for p in points if not p.control and p.weight_bytes <= control.weight_bytes]
+        largest = control.weight_bytes * (1 + SAME_SIZE)
+        rivals = [p for p in points if not p.control and p.weight_bytes <= largest]
         best = min(rivals, key=lambda p: p.kl, default=None)
         if best is not None:
             findings.append(_compare(best, control, name, heldout))
@@ -179,16 +183,24 @@ def _compare(ours: Point, control: Point, name: str, heldout: dict[str, MapLoss]
     mine, theirs = heldout[ours.map_hash], heldout[control.map_hash]
     gap = paired_difference(mine.kl_sums, theirs.kl_sums, mine.tokens)
     share = f"{ours.kl / control.kl - 1:+.0%} KL" if control.kl > 0 else f"{gap.mean:+.2g} nats"
+    fewer = 1 - ours.weight_bytes / control.weight_bytes
+    size = "the same bytes" if fewer < COMPARABLE_SIZE else f"{fewer:.0%} fewer bytes"
     if gap.high < 0:
-        return f"Point {ours.id} loses less than {name}: {share} at no more bytes."
+        but = ""
+        if ours.perplexity > control.perplexity:
+            but = f", though its perplexity is higher ({ours.perplexity:.4g} against "
+            but += f"{control.perplexity:.4g})"
+        return f"Point {ours.id} loses less than {name}: {share} with {size}{but}."
+    if fewer >= COMPARABLE_SIZE:
+        return f"Nothing of about its size was searched to compare with {name}."
     if gap.low > 0:
         return (
-            f"Point {ours.id} LOSES MORE than {name}: {share} at no more bytes. "
+            f"Point {ours.id} LOSES MORE than {name}: {share} with {size}. "
             "A mix is not worth it there; take the control."
         )
     return (
-        f"Point {ours.id} and {name} can't be told apart on this text: {share}, 95 % interval of "
-        f"the difference {gap.low:+.2g} to {gap.high:+.2g} nats per token."
+        f"Point {ours.id} and {name} can't be told apart on this text: {share} with {size}, "
+        f"95 % interval of the difference {gap.low:+.2g} to {gap.high:+.2g} nats per token."
     )
 
 
@@ -223,10 +235,15 @@ def best_point(
             return min(fitting, key=lambda p: (p.weight_bytes, p.kl)), None
         return min(fitting, key=lambda p: (p.kl, p.weight_bytes)), None
     impossible = [
-        f"{name} <= {limit:,.6g} (the smallest is {least:,.6g})"
+        f"{name} <= {_number(limit)} (the smallest is {_number(least)})"
         for name, limit, value in checks
         if (least := min(value(p) for p in front.points)) > limit
     ]
     if impossible:
         return None, "no measured point has " + " or ".join(impossible)
     return None, "no measured point meets these constraints together; relax one of them"
+
+
+def _number(value: float) -> str:
+    """Whole numbers with thousands apart, others to six digits."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:.6g}"

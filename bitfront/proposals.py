@@ -51,7 +51,9 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
         add(choice, f"uniform {plan.menu[column].name}", "uniform")
     sizes = sorted(plan.weight_bytes(choice) for _, choice in uniforms)
     generator = np.random.default_rng(plan.config.seed)
-    for size in _middle(sizes or list(plan.budgets), plan.config.random_controls):
+    asked = plan.config.budgets or plan.config.budgets_bytes
+    around = list(plan.budgets) if asked or not sizes else sizes
+    for size in _middle(around, plan.config.random_controls):
         limit = size - plan.other_bytes
         add(random_at(any_problem, weight_bytes.RESOURCE, limit, generator), "random", "random")
     for estimator, problem in problems.items():

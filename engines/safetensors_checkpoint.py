@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.base import Export, Target
 from engines.neutral_map import NeutralMap
-from quantization.checkpoints import Checkpoint, load_model, load_tokenizer
+from quantization.checkpoints import Checkpoint, load_model, load_tokenizer, readable
 from quantization.errors import ExportError
 from quantization.schemes import Scheme
 
@@ -35,7 +35,8 @@ class SafetensorsCheckpoint(Target):
         )
         module = evaluator.model.module
         module.config.dtype = evaluator.bank.dtype
-        module.save_pretrained(folder)
+        with readable(str(folder)):
+            module.save_pretrained(folder)
         load_tokenizer(evaluator.bank.checkpoint).save_pretrained(folder)
         NeutralMap().write(export, folder)
 

@@ -63,7 +63,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
     """The transformers configuration."""
     from transformers import AutoConfig
 
-    with _readable(checkpoint.name):
+    with readable(checkpoint.name):
         return AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
         )
@@ -73,7 +73,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
-    with _readable(checkpoint.name):
+    with readable(checkpoint.name):
         return AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
         )
@@ -83,7 +83,7 @@ def load_model(checkpoint: Checkpoint, dtype: Any) -> Any:
     """The causal language model with its weights, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    with _readable(checkpoint.name):
+    with readable(checkpoint.name):
         return AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
         ).eval()
@@ -167,7 +167,7 @@ def _import_gguf(file: Path, digest: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix="importing-"))
     try:
-        with _readable(str(file)), redirect_stderr(StringIO()):  # its bars ignore the setting
+        with readable(str(file)), redirect_stderr(StringIO()):  # its bars ignore the setting
             _write_snapshot(file, work)
         os.replace(work, folder)
     except OSError as error:
@@ -196,8 +196,8 @@ def _write_snapshot(file: Path, work: Path) -> None:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Turn what transformers raises about a bad model into one line; silence its bars."""
+def readable(name: str) -> Iterator[None]:
+    """Turn what transformers raises about a bad model into a `ModelError`; silence its bars."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

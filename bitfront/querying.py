@@ -8,7 +8,7 @@ from rich.table import Table
 from bitfront.console import print_json, print_table
 from bitfront.fronts import Constraints, best_point, load_front
 from bitfront.sizes import show_bytes
-from cost_models.memory import Workload, kv_cache_bytes
+from cost_models.memory import Workload, kv_cache_bytes, memory_bytes
 from quantization.errors import BitfrontError
 from quantization.units import Layout
 from store.database import Store
@@ -35,12 +35,13 @@ def run_query(
             "this model's KV cache is unknown (its forward pass could not be traced), so its "
             "memory is, too; constrain --max-size instead"
         )
-    cache = kv_cache_bytes(layout, Workload(batch, context))
+    workload = Workload(batch, context)
+    cache = kv_cache_bytes(layout, workload)
     bounds = {name: inf if limit is None else limit for name, limit in limits.items()}
     point, why_not = best_point(front, Constraints(**bounds), cache)
     if point is None:
         raise NothingFitsError(str(why_not))
-    memory = point.weight_bytes + cache
+    memory = memory_bytes(layout, point.weight_bytes, workload)
     if as_json:
         found = next(p for p in front.to_json()["points"] if p["id"] == point.id)
         print_json({
@@ -104,7 +105,7 @@ def show_formats(shape: str, as_json: bool) -> None:
         format = FORMATS[name]
         applies = format.refusal((rows, columns)) is None
         nbytes = format.nbytes((rows, columns)) if applies else None
-        bits = 8 * nbytes / (rows * columns) if nbytes is not None else None
+        bits = format.bits_per_weight((rows, columns)) if applies else None
         entries.append({
             "name": name, "family": format.family, "bits_per_weight": bits,
             "nbytes": nbytes, "applies": applies,
@@ -115,7 +116,9 @@ def show_formats(shape: str, as_json: bool) -> None:
     table = Table("name", "family", "bits per weight", "bytes", "applies")
     for e in entries:
         table.add_row(
-            e["name"], e["family"], f"{e['bits_per_weight']:.4f}", f"{e['nbytes']:,}",
+            e["name"], e["family"],
+            f"{e['bits_per_weight']:.4f}" if e["applies"] else "",
+            f"{e['nbytes']:,}" if e["applies"] else "",
             "yes" if e["applies"] else "no",
         )  # fmt: skip
     print_table(table)

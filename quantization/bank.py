@@ -10,7 +10,7 @@ pointers.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,11 @@ class Bank:
         files = [self._path(unit, scheme) for unit, scheme in self._entries(choices)]
         return [file for file in dict.fromkeys([*files, self._rest_path()]) if not file.exists()]
 
-    def build(self, choices: Choices, progress: Callable[[int], None] = lambda _: None) -> None:
+    def build(self, choices: Choices) -> None:
         """Write the files that are missing: loads the model if there are any.
 
         Args:
             choices: the schemes of each unit, in the layout's order; the reference comes along.
-            progress: called with the number of files that were just written.
 
         Raises:
             BankError: the disk is full or the folder can't be written.
@@ -82,7 +81,7 @@ class Bank:
             self._check_space(choices)
             parameters = _parameters(load_model(self.checkpoint, torch.float32))
             for unit, schemes in zip(self.layout.units, choices, strict=True):
-                progress(self._build_unit(unit, schemes, parameters))
+                self._build_unit(unit, schemes, parameters)
                 for site in unit.stored:
                     del parameters[site.parameter]
             if not self._rest_path().exists():
@@ -114,22 +113,16 @@ class Bank:
         """All parameters and persistent buffers outside units."""
         return self._read(self._rest_path())
 
-    def _build_unit(self, unit: Unit, schemes: Sequence[Scheme], parameters: Tensors) -> int:
-        written = 0
+    def _build_unit(self, unit: Unit, schemes: Sequence[Scheme], parameters: Tensors) -> None:
         wanted: list[Scheme | str] = [REFERENCE, *schemes]
         for scheme in wanted:
             path = self._path(unit, scheme)
-            if path.exists():
-                continue
-            self._write(
-                path,
-                {
+            if not path.exists():
+                rendered = {
                     site.parameter: self._render(parameters[site.parameter], site, scheme)
                     for site in unit.stored
-                },
-            )
-            written += 1
-        return written
+                }
+                self._write(path, rendered)
 
     def _render(self, weight: Tensor, site: Site, scheme: Scheme | str) -> Tensor:
         if isinstance(scheme, str) or scheme.weight == self._exact_format():

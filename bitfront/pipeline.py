@@ -144,16 +144,12 @@ def _open_job(plan: Plan, store: Store) -> Job:
             name=plan.name,
             revision=checkpoint.revision,
             layout=plan.layout.to_json(),
-            facts={
-                "folder": checkpoint.folder,
-                "source": checkpoint.name,
-                "trust_remote_code": checkpoint.trust_remote_code,
-            },
         ),
     )
     job = open_job(store, plan.key, checkpoint.weights_hash, plan.config.model_dump(mode="json"))
     facts = {
         "menu": [scheme.name for scheme in plan.menu],
+        "bytes_table": plan.bytes_table.tolist(),
         "choices": [[scheme.name for scheme in row] for row in plan.choices],
         "dtype": plan.dtype,
         "quantizer": QUANTIZERS[plan.config.quantizer].identity,

@@ -184,19 +184,16 @@ def _kind(unit: Unit) -> str:
 def _grid(
     front: Front, layout: Layout, rows: list[str], point: Point
 ) -> tuple[list[list[float | None]], list[list[str]]]:
-    from quantization.formats import FORMATS
-
     layers = 1 + max((unit.layer or 0) for unit in layout.units)
     bits: list[list[float | None]] = [[None] * layers for _ in rows]
     texts = [[""] * layers for _ in rows]
     schemes = front.candidates[point.id].schemes
-    for unit, scheme in zip(layout.units, schemes, strict=True):
+    menu, bytes_table = front.job.facts["menu"], front.job.facts["bytes_table"]
+    for unit, scheme, costs in zip(layout.units, schemes, bytes_table, strict=True):
         if unit.layer is None:
             continue
-        format = FORMATS[scheme.partition("/")[0]]
         row = rows.index(_kind(unit))
-        nbytes = sum(format.nbytes(site.shape) for site in unit.stored)
-        bits[row][unit.layer] = 8 * nbytes / unit.numel
+        bits[row][unit.layer] = 8 * costs[menu.index(scheme)] / unit.numel
         texts[row][unit.layer] = scheme
     return bits, texts
 

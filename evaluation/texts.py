@@ -19,7 +19,6 @@ from quantization.errors import TextError
 DEFAULT_SOURCE = "python-docs"
 DATASET_PREFIX = "datasets:"
 LONGEST_TEXT_CHARACTERS = 20_000_000
-ROLES = ("calibration", "search", "heldout")
 
 
 @dataclass(frozen=True)

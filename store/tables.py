@@ -22,7 +22,7 @@ class Base(DeclarativeBase):
 
 
 class Model(Base):
-    """A model by its weights: layout and the facts that costs need, so no query loads it."""
+    """A model by its weights, with its layout, so that no query loads it."""
 
     __tablename__ = "models"
 
@@ -30,7 +30,6 @@ class Model(Base):
     name: Mapped[str] = mapped_column(Text)
     revision: Mapped[str | None] = mapped_column(String(64))
     layout: Mapped[dict[str, Any]] = mapped_column(JSON)
-    facts: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class Job(Base):

@@ -33,7 +33,7 @@ def url(tmp_path):
 @pytest.fixture
 def store(url):
     opened = Store(url).open()
-    save_model(opened, Model(weights_hash=MODEL, name="m", layout={}, facts={}))
+    save_model(opened, Model(weights_hash=MODEL, name="m", layout={}))
     return opened
 
 

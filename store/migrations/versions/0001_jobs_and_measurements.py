@@ -17,7 +17,6 @@ def upgrade() -> None:
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("revision", sa.String(64)),
         sa.Column("layout", sa.JSON, nullable=False),
-        sa.Column("facts", sa.JSON, nullable=False),
     )
     op.create_table(
         "jobs",

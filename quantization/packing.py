@@ -1,4 +1,4 @@
-"""Bits into bytes: rows of small integers as little-endian bit streams, and back.
+"""Codes into bytes: rows of small integers as little-endian bit streams (or trits), and back.
 
 Value `i` of a row occupies bits `i * bits … (i + 1) * bits - 1` of the row's stream, lowest bit
 first, so 8 values take exactly `bits` bytes and a row is padded to a whole byte only at its end.
@@ -38,3 +38,19 @@ def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
         word |= chunks[..., k] << (8 * k)
     values = torch.stack([(word >> (i * bits)) & (2**bits - 1) for i in range(8)], dim=-1)
     return values.flatten(-2)[..., :columns].to(torch.int16)
+
+
+def pack_trits(values: Tensor) -> Tensor:
+    """Pack `values` (... x columns, integers in [0, 3)) five to a byte, the first one lowest."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % 5))
+    fives = padded.unflatten(-1, (-1, 5)).to(torch.int16)
+    byte = sum(fives[..., i] * 3**i for i in range(5))
+    assert isinstance(byte, Tensor)
+    return byte.to(torch.uint8)
+
+
+def unpack_trits(stream: Tensor, columns: int) -> Tensor:
+    """Undo `pack_trits`: uint8 (... x bytes) to int16 (... x columns)."""
+    byte = stream.to(torch.int16)
+    fives = torch.stack([byte // 3**i % 3 for i in range(5)], dim=-1)
+    return fives.flatten(-2)[..., :columns]

@@ -1,16 +1,12 @@
-"""The formats that a scheme can name. A new one is a file beside these and a line below."""
+"""The formats that a scheme can name. A new one is a declaration (or a file) and a line below."""
 
-from quantization.formats.base import Format, Grid, Packed
+from quantization.formats.base import Format, Grid, Packed, ScalarFormat
 from quantization.formats.bf16 import BFloat16
-from quantization.formats.integer import Integer
+from quantization.formats.declarations import scaled_formats
 from quantization.registry import Registry
 
 FORMATS: Registry[Format] = Registry("format")
-FORMATS.add("bf16", BFloat16())
-for _bits in (2, 3, 4, 5, 6, 8):
-    for _group in (32, 64, 128, None):
-        for _asymmetric in (False, True):
-            _integer = Integer(_bits, _group, _asymmetric)
-            FORMATS.add(_integer.name, _integer)
+for _format in (BFloat16(), *scaled_formats()):
+    FORMATS.add(_format.name, _format)
 
-__all__ = ["FORMATS", "Format", "Grid", "Packed"]
+__all__ = ["FORMATS", "Format", "Grid", "Packed", "ScalarFormat"]

@@ -10,6 +10,8 @@ from math import prod
 
 from torch import Tensor
 
+from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
+
 Grid = dict[str, Tensor]
 """What a format needs beside the codes to decode them: scales, zero points (by name)."""
 
@@ -31,12 +33,16 @@ class Packed:
 class Format(ABC):
     """How numbers are stored.
 
-    A format is a stateless declaration; it may be shared between threads and pickled. Quantizers
-    call `fit`, `encode` and `decode`; only what is written to a file calls `pack`.
+    A format is a stateless declaration; it may be shared between threads and pickled.
+
+    Attributes:
+        needs: the statistics that its values are chosen with; without them it still works, but
+            no better than the weights alone allow.
     """
 
     name: str
     family: str
+    needs: frozenset[Statistic] = frozenset()
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why the format doesn't apply to `shape`, or None when it does."""
@@ -47,20 +53,18 @@ class Format(ABC):
         """Exact bytes of a packed tensor of `shape`, equal to `pack(...).nbytes`."""
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """Effective bits: scales, zero points and padding included."""
+        """Effective bits: scales, zero points, indices and padding included."""
         return 8 * self.nbytes(shape) / prod(shape)
 
     @abstractmethod
-    def fit(self, weight: Tensor) -> Grid:
-        """The round-to-nearest grid of `weight` (float32).
+    def nearest(
+        self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN
+    ) -> tuple[Tensor, Grid]:
+        """Codes and grid of `weight` (float32), each value rounded by itself.
 
         Raises:
-            QuantizationError: the format's scales can't represent the weight's range.
+            QuantizationError: the format can't represent the weight's range.
         """
-
-    @abstractmethod
-    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
-        """Codes of the nearest representable values, same shape as `weight`."""
 
     @abstractmethod
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
@@ -73,3 +77,33 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, packed: Packed) -> tuple[Tensor, Grid]:
         """Undo `pack` exactly."""
+
+
+class ScalarFormat(Format):
+    """A format whose values are rounded one by one on a grid that is fitted first.
+
+    All that moves values between their neighbours (GPTQ, AutoRound) or searches for a better
+    grid works on any of these.
+    """
+
+    @abstractmethod
+    def fit(self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN) -> Grid:
+        """The round-to-nearest grid of `weight` (float32)."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Codes of the nearest representable values, same shape as `weight`."""
+
+    @abstractmethod
+    def take(self, grid: Grid, columns: Tensor, width: int) -> Grid:
+        """The grid of the columns with these indices alone, to encode and decode just those.
+
+        `width` is how many columns the whole grid is for.
+        """
+
+    def nearest(
+        self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN
+    ) -> tuple[Tensor, Grid]:
+        """`fit`, then `encode`."""
+        grid = self.fit(weight, statistics)
+        return self.encode(weight, grid), grid

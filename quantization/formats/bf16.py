@@ -5,10 +5,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from quantization.formats.base import Format, Grid, Packed
+from quantization.formats.base import Grid, Packed, ScalarFormat
+from quantization.statistics import NOTHING_KNOWN, SiteStatistics
 
 
-class BFloat16(Format):
+class BFloat16(ScalarFormat):
     """16-bit brain floating point: a float32 with its lower mantissa half rounded away."""
 
     name = "bf16"
@@ -18,7 +19,7 @@ class BFloat16(Format):
         """Two bytes a value, no metadata."""
         return 2 * prod(shape)
 
-    def fit(self, weight: Tensor) -> Grid:
+    def fit(self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN) -> Grid:
         """Nothing to fit: the format has no scales."""
         return {}
 
@@ -29,6 +30,10 @@ class BFloat16(Format):
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
         """Widen to float32, exactly."""
         return codes.to(torch.float32)
+
+    def take(self, grid: Grid, columns: Tensor, width: int) -> Grid:
+        """Nothing to take from."""
+        return {}
 
     def pack(self, codes: Tensor, grid: Grid) -> Packed:
         """The codes are the bytes."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from quantization.errors import QuantizationError
 from quantization.formats import Format, Grid, Packed
+from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,27 @@ class Quantized:
 
 
 class Quantizer(ABC):
-    """Puts tensors into formats. Stateless; `identity` enters the key of every measurement."""
+    """Puts tensors into formats. Stateless; `identity` enters the key of every measurement.
+
+    Attributes:
+        needs: the statistics that it works with, beside those that a format needs.
+    """
 
     name: str
+    needs: frozenset[Statistic] = frozenset()
 
     @property
     def identity(self) -> str:
-        """Name and every setting that changes the result, calibration statistics' hash included."""
+        """Name and every setting that changes the result."""
         return self.name
 
     @abstractmethod
-    def quantize(self, weight: Tensor, format: Format) -> Quantized:
+    def quantize(
+        self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
+    ) -> Quantized:
         """Quantize `weight` (float, ... x rows x columns); the argument isn't changed.
+
+        Formats whose values can't be moved one by one are left to their own rounding.
 
         Raises:
             QuantizationError: NaN or infinity in the weight, or a range the format can't hold.

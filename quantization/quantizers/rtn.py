@@ -4,6 +4,7 @@ from torch import Tensor
 
 from quantization.formats import Format
 from quantization.quantizers.base import Quantized, Quantizer, check_finite
+from quantization.statistics import NOTHING_KNOWN, SiteStatistics
 
 
 class RoundToNearest(Quantizer):
@@ -11,9 +12,9 @@ class RoundToNearest(Quantizer):
 
     name = "rtn"
 
-    def quantize(self, weight: Tensor, format: Format) -> Quantized:
+    def quantize(
+        self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
+    ) -> Quantized:
         """See `Quantizer.quantize`."""
         check_finite(weight)
-        weight = weight.float()
-        grid = format.fit(weight)
-        return Quantized(format, format.encode(weight, grid), grid)
+        return Quantized(format, *format.nearest(weight.float(), statistics))

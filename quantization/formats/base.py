@@ -98,7 +98,7 @@ class ScalarFormat(Format):
     def take(self, grid: Grid, columns: Tensor, width: int) -> Grid:
         """The grid of the columns with these indices alone, to encode and decode just those.
 
-        `width` is how many columns the whole grid is for.
+        `width` is how many columns the given grid is for; it may itself have been taken.
         """
 
     def nearest(

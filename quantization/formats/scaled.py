@@ -103,6 +103,8 @@ class Scaled(ScalarFormat):
 
     def take(self, grid: Grid, columns: Tensor, width: int) -> Grid:
         """See `ScalarFormat.take`: scales of single columns, as float32."""
+        if "column_scales" in grid:
+            return {name: tensor.index_select(-1, columns) for name, tensor in grid.items()}
         blocks = columns // (self.columns or width)
         taken = {"column_scales": self.scale.load(grid).index_select(-1, blocks)}
         if self.asymmetric:

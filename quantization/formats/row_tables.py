@@ -1,0 +1,120 @@
+"""Row tables: each row has 2^b values of its own, placed by weighted k-means (SqueezeLLM).
+
+SqueezeLLM (arXiv 2306.07629, equation 2) clusters each output channel with the diagonal Fisher
+information as sample weights, so that the values lie where an error costs. In one dimension with
+sorted values, a step of Lloyd's algorithm is a search for the middles and a difference of prefix
+sums, so all rows run at once.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from quantization.formats.base import Grid, Packed, ScalarFormat
+from quantization.packing import pack_bits, packed_bytes, unpack_bits
+from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
+
+ITERATIONS = 50  # the paper's implementation; later steps move nothing
+ROWS_A_STEP = 256  # prefix sums are float64
+
+
+@dataclass(frozen=True)
+class RowTables(ScalarFormat):
+    """Tables of 2^bits float16 values a row, without scales."""
+
+    bits: int
+
+    family = "table"
+    needs: frozenset[Statistic] = frozenset({"fisher"})
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """`squeezellm4`."""
+        return f"squeezellm{self.bits}"
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """A bit stream and a table a row."""
+        *leading, columns = shape
+        return prod(leading) * (packed_bytes(columns, self.bits) + 2 * 2**self.bits)
+
+    def fit(self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN) -> Grid:
+        """Tables `... x rows x 2^bits`, rising."""
+        rows = weight.flatten(0, -2)
+        loss = statistics.fisher
+        loss = torch.ones_like(rows) if loss is None else loss.to(rows).flatten(0, -2)
+        tables = [
+            weighted_kmeans(rows[i : i + ROWS_A_STEP], loss[i : i + ROWS_A_STEP], 2**self.bits)
+            for i in range(0, len(rows), ROWS_A_STEP)
+        ]
+        limit = torch.finfo(torch.float16).max
+        table = torch.cat(tables).clamp(-limit, limit).half()
+        return {"tables": table.view(*weight.shape[:-1], 2**self.bits)}
+
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Indices (int16) of the nearest values."""
+        tables = grid["tables"].float()
+        middles = (tables[..., 1:] + tables[..., :-1]) / 2
+        return torch.searchsorted(middles, weight.contiguous()).to(torch.int16)
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """Look the values up."""
+        return grid["tables"].float().gather(-1, codes.long())
+
+    def take(self, grid: Grid, columns: Tensor, width: int) -> Grid:
+        """A row's table serves all its columns."""
+        return grid
+
+    def pack(self, codes: Tensor, grid: Grid) -> Packed:
+        """A bit stream and float16 values a row."""
+        tensors = {"codes": pack_bits(codes, self.bits), "tables": grid["tables"]}
+        return Packed(self.name, tuple(codes.shape), tensors)
+
+    def unpack(self, packed: Packed) -> tuple[Tensor, Grid]:
+        """Undo `pack`."""
+        codes = unpack_bits(packed.tensors["codes"], self.bits, packed.shape[-1])
+        return codes, {"tables": packed.tensors["tables"]}
+
+
+def weighted_kmeans(values: Tensor, weights: Tensor, clusters: int) -> Tensor:
+    """Cluster each row of `values` (rows x n) under `weights`; rising centres, rows x clusters.
+
+    Starts from even quantiles and from even steps over the range; the better end is kept.
+    """
+    values, order = values.double().sort(-1)
+    weights = weights.double().gather(-1, order)
+    weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)
+    sums = [
+        torch.nn.functional.pad((weights * values**power).cumsum(-1), (1, 0)) for power in range(3)
+    ]
+    places = (torch.arange(clusters, device=values.device) + 0.5) / clusters
+    low, high = values[:, :1], values[:, -1:]
+    quantiles = values[:, (places * values.shape[-1]).long()]
+    found = [_lloyd(values, sums, start) for start in (quantiles, low + (high - low) * places)]
+    better = found[0][1] <= found[1][1]
+    return torch.where(better[:, None], found[0][0], found[1][0])
+
+
+def _lloyd(values: Tensor, sums: list[Tensor], centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres (float32) and the weighted squared error of each row."""
+
+    def within(centres: Tensor) -> list[Tensor]:
+        middles = ((centres[:, 1:] + centres[:, :-1]) / 2).contiguous()
+        inner = torch.searchsorted(values, middles)
+        first, last = (
+            inner.new_zeros(len(inner), 1),
+            inner.new_full((len(inner), 1), values.shape[1]),
+        )
+        edges = torch.cat([first, inner, last], -1)
+        return [total.gather(-1, edges).diff(dim=-1) for total in sums]
+
+    for _ in range(ITERATIONS):
+        mass, first, _ = within(centres)
+        moved = torch.where(mass > 0, first / mass.clamp(min=1e-300), centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved.sort(-1).values
+    mass, first, second = within(centres)
+    error = (second - 2 * centres * first + centres**2 * mass).sum(-1)
+    return centres.float(), error

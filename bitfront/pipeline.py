@@ -18,7 +18,6 @@ from bitfront.progress import Progress
 from bitfront.proposals import propose
 from evaluation.texts import Text
 from quantization.errors import BitfrontError, MeasurementError
-from quantization.quantizers import QUANTIZERS
 from search.calibration import Calibration, fit_gain
 from search.errors import SearchError
 from search.problem import Problem
@@ -65,7 +64,7 @@ class Run:
         """What all measurements of this job have in common."""
         return QualityKey(
             self.plan.checkpoint.weights_hash,
-            QUANTIZERS[self.plan.config.quantizer].identity,
+            self.plan.quantizer,
             self.plan.dtype,
         )
 
@@ -152,7 +151,7 @@ def _open_job(plan: Plan, store: Store) -> Job:
         "bytes_table": plan.bytes_table.tolist(),
         "choices": [[scheme.name for scheme in row] for row in plan.choices],
         "dtype": plan.dtype,
-        "quantizer": QUANTIZERS[plan.config.quantizer].identity,
+        "quantizer": plan.quantizer,
         "budgets": list(plan.budgets),
         "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
     }
@@ -169,6 +168,8 @@ def spec_of(plan: Plan, cache: str | None) -> SessionSpec:
         dtype=plan.dtype,
         threads=1,
         cache=cache,
+        calibration=plan.texts["calibration"].ids,
+        statistics=plan.statistics,
     )
 
 

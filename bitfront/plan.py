@@ -20,7 +20,7 @@ from quantization.adapter import describe
 from quantization.checkpoints import Checkpoint, load_tokenizer, resolve
 from quantization.memory import return_memory
 from quantization.precision_map import map_hash
-from quantization.quantizers import QUANTIZERS
+from quantization.quantizers import QUANTIZERS, needs
 from quantization.schemes import Scheme
 from quantization.units import Layout, Unit
 from search.errors import InfeasibleBudgetError
@@ -93,6 +93,22 @@ class Plan:
         """The content hash of the precision map."""
         pairs = [(scheme.weight, scheme.activation) for scheme in self.schemes(choice)]
         return map_hash(self.layout, pairs)
+
+    @property
+    def statistics(self) -> str:
+        """Identifies what calibration knows of the model."""
+        text = self.texts["calibration"].hash
+        return key_of(self.checkpoint.weights_hash, self.dtype, text)
+
+    @property
+    def quantizer(self) -> str:
+        """The quantizer's identity, with the statistics if it or a format works with them."""
+        from quantization.formats import FORMATS
+
+        quantizer = QUANTIZERS[self.config.quantizer]
+        if any(needs(quantizer, FORMATS[scheme.weight]) for scheme in self.menu):
+            return f"{quantizer.identity}@{self.statistics[:16]}"
+        return quantizer.identity
 
     @property
     def key(self) -> str:

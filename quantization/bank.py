@@ -24,8 +24,9 @@ from quantization.cache import cache_dir, write_whole
 from quantization.checkpoints import Checkpoint, load_model
 from quantization.errors import BankError, QuantizationError
 from quantization.formats import FORMATS
-from quantization.quantizers import Quantizer
+from quantization.quantizers import Quantizer, needs
 from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.statistics import NOTHING_KNOWN, Statistic, Statistics
 from quantization.units import Layout, Site, Unit
 
 Choices = Sequence[Sequence[Scheme]]
@@ -51,9 +52,11 @@ class Bank:
         quantizer: Quantizer,
         dtype: torch.dtype,
         root: Path | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         self.checkpoint, self.layout = checkpoint, layout
         self.quantizer, self.dtype = quantizer, dtype
+        self.statistics = statistics
         identity = f"{checkpoint.weights_hash}|{quantizer.identity}|{dtype}"
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self.folder = (root or cache_dir() / "banks") / name
@@ -64,8 +67,25 @@ class Bank:
         files = [self._path(unit, scheme) for unit, scheme in self._entries(choices)]
         return [file for file in dict.fromkeys([*files, self._rest_path()]) if not file.exists()]
 
+    def wanted(self, choices: Choices) -> dict[Statistic, list[Site]]:
+        """The statistics that `build` would read and that aren't there yet."""
+        found: dict[Statistic, dict[Site, None]] = {}
+        if self.statistics is None:
+            return {}
+        for unit, scheme in self._entries(choices):
+            if unit.kind != "embedding" and not self._path(unit, scheme).exists():
+                for kind in sorted(self._needs(scheme)):
+                    found.setdefault(kind, {}).update(dict.fromkeys(unit.stored))
+        missing = {
+            kind: [site for site in sites if not self.statistics.path(site, kind).exists()]
+            for kind, sites in found.items()
+        }
+        return {kind: sites for kind, sites in missing.items() if sites}
+
     def build(self, choices: Choices) -> None:
         """Write the files that are missing: loads the model if there are any.
+
+        Statistics that were never written are done without.
 
         Args:
             choices: the schemes of each unit, in the layout's order; the reference comes along.
@@ -128,11 +148,19 @@ class Bank:
         if isinstance(scheme, str) or scheme.weight == self._exact_format():
             return _as(weight, self.dtype)
         weight = weight.mT if site.transposed else weight
+        known = self.statistics.of(site, self._needs(scheme)) if self.statistics else NOTHING_KNOWN
         try:
-            values = self.quantizer.quantize(weight, FORMATS[scheme.weight]).dequantize()
+            quantized = self.quantizer.quantize(weight, FORMATS[scheme.weight], known)
+            values = quantized.dequantize()
         except QuantizationError as error:
             raise QuantizationError(f"{site.name} in {scheme.name}: {error}") from error
         return _as(values.mT if site.transposed else values, self.dtype)
+
+    def _needs(self, scheme: Scheme | str) -> frozenset[Statistic]:
+        """The statistics that an entry is made with."""
+        if isinstance(scheme, str) or scheme.weight == self._exact_format():
+            return frozenset()
+        return needs(self.quantizer, FORMATS[scheme.weight])
 
     def _exact_format(self) -> str | None:
         """The format that the arithmetic type itself is, so that its file is the reference."""
@@ -143,7 +171,8 @@ class Bank:
         if name == self._exact_format():
             name = REFERENCE
         members = "|".join(site.parameter for site in unit.sites)
-        return self.folder / f"{_short(members)}-{name.replace('/', '_')}.safetensors"
+        known = f"@{self.statistics.short}" if self.statistics and self._needs(scheme) else ""
+        return self.folder / f"{_short(members)}-{name.replace('/', '_')}{known}.safetensors"
 
     def _rest_path(self) -> Path:
         units = "|".join(site.parameter for unit in self.layout.units for site in unit.sites)

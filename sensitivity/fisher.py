@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.assembly import AssembledModel
+from evaluation.calibration import backward_of_samples
 from quantization.schemes import Scheme
 from sensitivity.base import (
     Estimator,
@@ -61,26 +62,13 @@ class DiagonalFisher(Estimator):
                 handles.append((parameter, parameter.register_post_accumulate_grad_hook(add)))
         try:
             for index in range(*share.chunks):
-                _backward(model, chunks[index], seed=index)
+                backward_of_samples(model.module, chunks[index], seed=index)
         finally:
             for parameter, handle in handles:
                 handle.remove()
                 parameter.requires_grad_(False)
         table.tokens[slice(*share.units)] = chunks[slice(*share.chunks)].size
         return table
-
-
-def _backward(model: AssembledModel, ids: NDArray[np.int64], seed: int) -> None:
-    """Back-propagate the summed log-likelihood of labels sampled from the model."""
-    batch = torch.from_numpy(ids)[None].to(model.device)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    with torch.enable_grad():
-        logits = model.module(input_ids=batch, use_cache=False).logits[0]
-        with torch.no_grad():
-            p = logits.float().softmax(-1)
-            labels = torch.multinomial(p, 1, generator=generator)[:, 0]
-            del p  # as large as the logits
-        torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
 
 
 def _contract(

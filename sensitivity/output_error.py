@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.assembly import AssembledModel
+from evaluation.calibration import SecondMoments
+from evaluation.tap import Tap
 from quantization.errors import MeasurementError
 from quantization.schemes import Scheme
-from quantization.units import Site, Unit
+from quantization.units import Unit
 from sensitivity.base import (
     Estimator,
     RawTable,
@@ -28,7 +30,6 @@ from sensitivity.base import (
     site_error,
     split,
 )
-from sensitivity.tap import Tap
 
 TASKS = 4  # a task holds the second moments of its own units only
 
@@ -60,59 +61,42 @@ class OutputError(Estimator):
         moments = SecondMoments()
         model.assign(None)
         with torch.inference_mode():
-            with Tap(model, [site for u in part for site in units[u].stored], moments.add):
+            with Tap(model.module, [site for u in part for site in units[u].stored], moments.add):
                 for ids in chunks[slice(*share.chunks)]:
                     forward(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False)
             counts = torch.from_numpy(np.bincount(chunks[slice(*share.chunks)].ravel()))
             for u in part:
                 table.tokens[u] = chunks[slice(*share.chunks)].size
                 if len(choices[u]) > 1:
-                    add_scores(table, u, choices, partial(moments.error, model, units[u], counts))
+                    add_scores(table, u, choices, partial(_error, moments, model, units[u], counts))
         return table
 
 
-class SecondMoments:
-    """Sums of x^T x by site and expert; sites that read the same tensor share one matrix."""
+def _error(
+    moments: SecondMoments, model: AssembledModel, unit: Unit, counts: Tensor, scheme: Scheme
+) -> float:
+    """tr(dW H dW^T) summed over a unit's sites and experts; lookups by their counts.
 
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, int], Tensor] = {}
-        self._latest: tuple[Tensor, Tensor] | None = None
-
-    def add(self, site: Site, expert: int, inputs: Tensor) -> None:
-        """Add a product's inputs (... x columns)."""
-        key = site.name, expert
-        if self._latest is not None and self._latest[0] is inputs:
-            self._sums[key] = self._latest[1]  # q, k and v: counted when the first one was
-            return
-        x = inputs.reshape(-1, inputs.shape[-1]).float()
-        if key not in self._sums:
-            self._sums[key] = x.new_zeros(x.shape[1], x.shape[1])
-        self._sums[key].addmm_(x.T, x)
-        self._latest = inputs, self._sums[key]
-
-    def error(self, model: AssembledModel, unit: Unit, counts: Tensor, scheme: Scheme) -> float:
-        """tr(dW H dW^T) summed over a unit's sites and experts; lookups by their counts.
-
-        Raises:
-            MeasurementError: no product with the unit was seen, so nothing is known of it.
-        """
-        total, seen = 0.0, False
-        for site in unit.stored:
-            error = site_error(model.bank, unit, scheme, site).to(model.device)
-            error = error.mT if site.transposed else error
-            if unit.kind == "embedding":
-                rows = error[: len(counts)].square().sum(-1)
-                total += float(torch.dot(rows.double(), counts.to(rows.device, torch.float64)))
+    Raises:
+        MeasurementError: no product with the unit was seen, so nothing is known of it.
+    """
+    total, seen = 0.0, False
+    for site in unit.stored:
+        error = site_error(model.bank, unit, scheme, site).to(model.device)
+        error = error.mT if site.transposed else error
+        if unit.kind == "embedding":
+            rows = error[: len(counts)].square().sum(-1)
+            total += float(torch.dot(rows.double(), counts.to(rows.device, torch.float64)))
+            seen = True
+        experts = error if error.dim() == 3 else error[None]
+        for expert, dw in enumerate(experts):
+            moment = moments.sums.get((site.name, expert))
+            if moment is not None:  # an expert that no token reached has none
+                total += float(torch.sum((dw @ moment) * dw, dtype=torch.float64))
                 seen = True
-            experts = error if error.dim() == 3 else error[None]
-            for expert, dw in enumerate(experts):
-                moment = self._sums.get((site.name, expert))
-                if moment is not None:  # an expert that no token reached has none
-                    total += float(torch.sum((dw @ moment) * dw, dtype=torch.float64))
-                    seen = True
-        if not seen:
-            raise MeasurementError(
-                f"the estimator output-error saw no product with {unit.name}; "
-                "leave it out of the job's estimators"
-            )
-        return total
+    if not seen:
+        raise MeasurementError(
+            f"the estimator output-error saw no product with {unit.name}; "
+            "leave it out of the job's estimators"
+        )
+    return total

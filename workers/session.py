@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluation.arithmetic import DTYPES, default_device
+from evaluation.calibration import calibrate
 from evaluation.evaluator import Evaluator, Measurement
 from quantization.bank import Bank
 from quantization.cache import cache_dir
@@ -20,6 +21,7 @@ from quantization.errors import ModelError
 from quantization.memory import return_memory
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
+from quantization.statistics import Statistics
 from quantization.units import Layout
 from sensitivity import ESTIMATORS, RawTable, Share
 
@@ -32,6 +34,8 @@ class SessionSpec:
 
     Args:
         choices: the schemes of each unit, by name.
+        calibration: text for quantizers and formats that need statistics, chunks x tokens of ids.
+        statistics: the identity of what that text tells of the model.
         dtype: name of the arithmetic type.
         threads: of the CPU, for each worker.
         cache: the driver's `$BITFRONT_CACHE`, where it has one.
@@ -44,6 +48,8 @@ class SessionSpec:
     dtype: str
     threads: int
     cache: str | None
+    calibration: Ids
+    statistics: str
 
 
 class Session:
@@ -64,6 +70,7 @@ class Session:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # one worker of a node builds, the others wait
+            self._calibrate()
             self._bank.build(self._choices)
         return_memory()
         return time.perf_counter() - start
@@ -95,11 +102,30 @@ class Session:
         """The replica; builds bank and model if need be."""
         return self._evaluator
 
+    def _calibrate(self) -> None:
+        """Collect the statistics that the bank's missing entries are made with."""
+        wanted = self._bank.wanted(self._choices)
+        if not wanted:
+            return
+        assert self._bank.statistics is not None
+        calibrate(
+            self._bank.checkpoint,
+            wanted,
+            self._spec.calibration,
+            self._bank.statistics,
+            default_device(),
+            self._bank.dtype,
+        )
+
     @cached_property
     def _bank(self) -> Bank:
         spec = self._spec
         return Bank(
-            self._local_checkpoint(), spec.layout, QUANTIZERS[spec.quantizer], DTYPES[spec.dtype]
+            self._local_checkpoint(),
+            spec.layout,
+            QUANTIZERS[spec.quantizer],
+            DTYPES[spec.dtype],
+            statistics=Statistics(spec.statistics),
         )
 
     @cached_property

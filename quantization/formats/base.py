@@ -5,6 +5,7 @@ inputs) and leading dimensions are independent rows, which is how packed experts
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -84,11 +85,20 @@ class ScalarFormat(Format):
 
     All that moves values between their neighbours (GPTQ, AutoRound) or searches for a better
     grid works on any of these.
+
+    Attributes:
+        batched: whether `take` works on a stack of matrices at once.
     """
+
+    batched = True
 
     @abstractmethod
     def fit(self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN) -> Grid:
         """The round-to-nearest grid of `weight` (float32)."""
+
+    def fit_parts(self, weight: Tensor, statistics: SiteStatistics, fit: "Fit") -> Grid:
+        """The grid with `fit` instead of `fit` of each format that this one is made of."""
+        return self.fit(weight, statistics)
 
     @abstractmethod
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
@@ -107,3 +117,7 @@ class ScalarFormat(Format):
         """`fit`, then `encode`."""
         grid = self.fit(weight, statistics)
         return self.encode(weight, grid), grid
+
+
+Fit = Callable[[Tensor, ScalarFormat, SiteStatistics], Grid]
+"""Fits a format's grid to a weight."""

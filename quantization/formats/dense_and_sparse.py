@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from quantization.formats.base import Grid, Packed, ScalarFormat
+from quantization.formats.base import Fit, Grid, Packed, ScalarFormat
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
 
 SENSITIVE = 1 / 9  # 0.05 % of 0.45 %
@@ -27,8 +27,8 @@ class DenseAndSparse(ScalarFormat):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """`squeezellm4-s0.45`."""
-        return f"{self.dense.name}-s{self.percent:g}"
+        """`squeezellm4@0.45%`."""
+        return f"{self.dense.name}@{self.percent:g}%"
 
     @property
     def family(self) -> str:  # type: ignore[override]
@@ -52,6 +52,10 @@ class DenseAndSparse(ScalarFormat):
 
     def fit(self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN) -> Grid:
         """Find outliers, fit the rest without them."""
+        return self.fit_parts(weight, statistics, lambda w, own, known: own.fit(w, known))
+
+    def fit_parts(self, weight: Tensor, statistics: SiteStatistics, fit: Fit) -> Grid:
+        """See `ScalarFormat.fit_parts`."""
         places = self._outliers(weight, statistics.fisher)
         flat = weight.flatten(-2)
         middle = flat.median(-1, keepdim=True).values.expand_as(places)
@@ -60,7 +64,7 @@ class DenseAndSparse(ScalarFormat):
         if fisher is not None:
             none = torch.zeros_like(places, dtype=fisher.dtype)
             fisher = fisher.flatten(-2).scatter(-1, places, none).view(weight.shape)
-        grid = self.dense.fit(rest, replace(statistics, fisher=fisher))
+        grid = fit(rest, self.dense, replace(statistics, fisher=fisher))
         kept = flat.gather(-1, places).clamp(-65504, 65504).half()
         return {**grid, "outlier_places": places, "outlier_values": kept}
 

@@ -1,10 +1,18 @@
 """The quantizers that a job can name. A new one is a file beside these and a line below."""
 
-from quantization.quantizers.base import Quantized, Quantizer
+from quantization.quantizers.base import Quantized, Quantizer, needs
+from quantization.quantizers.clipping import ClippingSearch
+from quantization.quantizers.gptq import GPTQ
 from quantization.quantizers.rtn import RoundToNearest
 from quantization.registry import Registry
 
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer")
-QUANTIZERS.add("rtn", RoundToNearest())
+for _quantizer in (
+    RoundToNearest(),
+    ClippingSearch(weighted=False),
+    ClippingSearch(weighted=True),
+    GPTQ(),
+):
+    QUANTIZERS.add(_quantizer.name, _quantizer)
 
-__all__ = ["QUANTIZERS", "Quantized", "Quantizer"]
+__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "needs"]

@@ -55,6 +55,11 @@ class Quantizer(ABC):
         """
 
 
+def needs(quantizer: Quantizer, format: Format) -> frozenset[Statistic]:
+    """The statistics that a quantizer and a format work with together."""
+    return quantizer.needs | format.needs
+
+
 def check_finite(weight: Tensor) -> None:
     """Raise `QuantizationError` if the weight holds NaN or infinity."""
     bad = int((~weight.isfinite()).sum())

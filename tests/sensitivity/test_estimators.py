@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from evaluation.assembly import AssembledModel
+from evaluation.calibration import backward_of_samples
 from sensitivity import ESTIMATORS, Share, menu, merge
-from sensitivity.fisher import _backward
 from tests.conftest import choices_of
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_fisher_is_half_the_squared_gradient_times_the_squared_error(model):
         model.parameter(name).requires_grad_(True)
     expected = np.zeros_like(found.sums)
     for i, ids in enumerate(CHUNKS):
-        _backward(model, ids, seed=i)
+        backward_of_samples(model.module, ids, seed=i)
         for u, unit in enumerate(layout.units):
             for scheme in choices[u] if unit.layer is not None else []:
                 for site in unit.stored:

@@ -26,6 +26,8 @@ def spec(make_bank):
         dtype="float32",
         threads=1,
         cache=os.environ["BITFRONT_CACHE"],
+        calibration=IDS,
+        statistics="test",
     )
 
 

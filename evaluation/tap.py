@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from evaluation.assembly import AssembledModel
 from quantization.units import Site
 
 WEIGHT_ARGUMENT: dict[Any, int] = {
@@ -30,13 +29,14 @@ class Tap(TorchFunctionMode):
     code multiplies with a slice of the 3-D parameter. Inside the context experts run eagerly.
     """
 
-    def __init__(self, model: AssembledModel, sites: Iterable[Site], visit: Visit) -> None:
+    def __init__(self, model: Any, sites: Iterable[Site], visit: Visit) -> None:
         super().__init__()
         self._visit = visit
-        self._config = model.module.config
+        self._config = model.config
         self._sites: dict[int, tuple[Site, int]] = {}
+        parameters = dict(model.named_parameters())
         for site in sites:
-            parameter = model.parameter(site.parameter)
+            parameter = parameters[site.parameter]
             experts = site.shape[0] if len(site.shape) == 3 else 1
             stride = parameter.numel() // experts * parameter.element_size()
             for expert in range(experts):

@@ -1,0 +1,147 @@
+"""Calibration: what quantizers want to know of the unquantized model, one pass over a text.
+
+Second moments E[x^T x] of each site's inputs (the Hessian of GPTQ up to a factor), and the squared
+gradients E[g^2] of labels sampled from the model (the diagonal of the Fisher matrix). The matrices
+of a whole model can be larger than the model, so sites are taken in parts of bounded memory, each
+a pass of its own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evaluation.tap import Tap
+from quantization.checkpoints import Checkpoint, load_model
+from quantization.memory import return_memory
+from quantization.statistics import Statistic, Statistics
+from quantization.units import Site
+
+PART_BYTES = 4 * 2**30
+
+
+class SecondMoments:
+    """Sums of x^T x by site and expert; sites that read the same tensor share one matrix."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, int], Tensor] = {}
+        self.tokens: dict[tuple[str, int], int] = {}
+        self._latest: tuple[Tensor, tuple[str, int]] | None = None
+
+    def add(self, site: Site, expert: int, inputs: Tensor) -> None:
+        """Add a product's inputs (... x columns)."""
+        key = site.name, expert
+        x = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens[key] = self.tokens.get(key, 0) + len(x)
+        if self._latest is not None and self._latest[0] is inputs:
+            self.sums[key] = self.sums[self._latest[1]]  # q, k and v: counted with the first
+            return
+        x = x.float()
+        if key not in self.sums:
+            self.sums[key] = x.new_zeros(x.shape[1], x.shape[1])
+        self.sums[key].addmm_(x.T, x)
+        self._latest = inputs, key
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    wanted: Mapping[Statistic, Sequence[Site]],
+    chunks: NDArray[np.int64],
+    statistics: Statistics,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Write the wanted statistics of some sites, from a text of chunks x tokens of ids.
+
+    The passes compute in `dtype`; sums are float32.
+    """
+    for kind, sites in wanted.items():
+        model = load_model(checkpoint, dtype).to(device)
+        collect = _second_moments if kind == "second-moment" else _fisher
+        for part in _parts(sites, kind):
+            collect(model, part, chunks, statistics)
+        del model
+        return_memory()
+
+
+def _second_moments(
+    model: Any, sites: Sequence[Site], chunks: NDArray[np.int64], statistics: Statistics
+) -> None:
+    moments = SecondMoments()
+    within = {name for name, _ in model.base_model.named_parameters(model.base_model_prefix)}
+    body = all(site.parameter in within for site in sites)
+    forward = model.base_model if body else model  # a head's product costs the whole vocabulary
+    with torch.inference_mode(), Tap(model, sites, moments.add):
+        for ids in chunks:
+            forward(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False)
+    for site in sites:
+        experts = site.shape[0] if len(site.shape) == 3 else 1
+        means = [
+            moments.sums[site.name, e] / moments.tokens[site.name, e]
+            if (site.name, e) in moments.sums
+            else torch.zeros(site.shape[-1], site.shape[-1])  # no token came here
+            for e in range(experts)
+        ]
+        second = torch.stack(means).cpu() if len(site.shape) == 3 else means[0].cpu()
+        importance = second.diagonal(dim1=-2, dim2=-1).contiguous()
+        tensors = {"second_moment": second, "importance": importance}
+        statistics.save(site, "second-moment", tensors)
+
+
+def _fisher(
+    model: Any, sites: Sequence[Site], chunks: NDArray[np.int64], statistics: Statistics
+) -> None:
+    parameters = dict(model.named_parameters())
+    sums = {site.parameter: torch.zeros(parameters[site.parameter].shape) for site in sites}
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+
+    def add(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad.cpu(), None
+        for total, part in zip(sums[name], gradient, strict=True):  # rows: no large temporaries
+            total.addcmul_(part.float(), part.float())
+
+    for name in sums:
+        parameters[name].requires_grad_(True)
+        parameters[name].register_post_accumulate_grad_hook(lambda p, name=name: add(name, p))
+    for seed, ids in enumerate(chunks):
+        backward_of_samples(model, ids, seed)
+    for site in sites:
+        fisher = sums[site.parameter] / chunks.size
+        fisher = fisher.mT.contiguous() if site.transposed else fisher
+        statistics.save(site, "fisher", {"fisher": fisher})
+        parameters[site.parameter].requires_grad_(False)
+
+
+def backward_of_samples(model: Any, ids: NDArray[np.int64], seed: int) -> None:
+    """Back-propagate the summed log-likelihood of labels sampled from the model."""
+    batch = torch.from_numpy(ids)[None].to(model.device)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with torch.enable_grad():
+        logits = model(input_ids=batch, use_cache=False).logits[0]
+        with torch.no_grad():
+            p = logits.float().softmax(-1)
+            labels = torch.multinomial(p, 1, generator=generator)[:, 0]
+            del p  # as large as the logits
+        torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
+
+
+def _parts(sites: Sequence[Site], kind: Statistic) -> Iterator[list[Site]]:
+    """Runs of sites whose sums fit into `PART_BYTES`, one site at least."""
+    part: list[Site] = []
+    used = 0
+    for site in sites:
+        needed = 4 * (
+            site.numel if kind == "fisher" else site.numel // site.shape[-2] * site.shape[-1]
+        )
+        if part and used + needed > PART_BYTES:
+            yield part
+            part, used = [], 0
+        part.append(site)
+        used += needed
+    if part:
+        yield part

@@ -36,6 +36,9 @@ def scaled_formats() -> Iterator[Scaled]:
             for columns in (*GROUPS, WHOLE):
                 yield from _both(_grouped("integer", SignedInteger(bits), scale, columns))
         yield from _both(_grouped("integer", SignedInteger(bits), SecondLevel(), 16))
+        for columns in GROUPS:
+            real = _grouped("integer", SignedInteger(bits), FP16, columns)
+            yield replace(real, name=f"{real.name}-real", asymmetric=True, real_zeros=True)
     for columns in (*GROUPS, WHOLE):
         yield _grouped("ternary", Ternary(), FP16, columns)
         for element in (E2M1, E3M2, E2M3):

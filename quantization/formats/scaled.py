@@ -36,8 +36,9 @@ class Scaled(ScalarFormat):
     Args:
         columns: columns that share a scale; `WHOLE` for all of them.
         rows: rows that share a scale: 1, a tile's height or `WHOLE`.
-        asymmetric: whether each group has an integer zero point as wide as the element, whose
-            codes are then read as 0 … 2^b - 1.
+        asymmetric: whether each group has a zero point Z, an integer as wide as the element; codes
+            are then read as 0 … 2^b - 1.
+        real_zeros: whether Z is a float16 instead, as HQQ and its kernels have it.
         ragged: whether a last, shorter block is allowed.
     """
 
@@ -48,6 +49,7 @@ class Scaled(ScalarFormat):
     columns: int | None
     rows: int | None = 1
     asymmetric: bool = False
+    real_zeros: bool = False
     ragged: bool = True
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
@@ -61,6 +63,7 @@ class Scaled(ScalarFormat):
         *leading, rows, columns = (1, *shape) if len(shape) == 1 else shape
         scales = self._scales_shape((*leading, rows, columns))
         zeros = packed_bytes(scales[-1], self.element.bits) if self.asymmetric else 0
+        zeros = 2 * scales[-1] if self.real_zeros else zeros
         row = self.element.packed_bytes(columns)
         return prod(leading) * (rows * row + scales[-2] * zeros) + self.scale.nbytes(scales)
 
@@ -82,8 +85,12 @@ class Scaled(ScalarFormat):
         # the scale types divide by the symmetric largest; an asymmetric range has 2^b - 1 steps
         steps = 2**self.element.bits - 1
         grid = self.scale.store((high - low) / steps * self.element.largest, self.element)
-        zeros = (-low / self.scale.load(grid)).round().clamp(0, steps)
-        return {**grid, "zeros": zeros.to(torch.int16)}
+        return self.with_zeros(grid, -low / self.scale.load(grid))
+
+    def with_zeros(self, grid: Grid, zeros: Tensor) -> Grid:
+        """The grid with other zero points, rounded to what is stored of them."""
+        zeros = zeros.clamp(0, 2**self.element.bits - 1)
+        return {**grid, "zeros": zeros.half() if self.real_zeros else zeros.round().to(torch.int16)}
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """Nearest bit patterns (int16), same shape as `weight`."""
@@ -92,7 +99,7 @@ class Scaled(ScalarFormat):
         if zeros is None:
             codes = self.element.encode(x)
         else:
-            codes = x.round_().add_(zeros).clamp_(0, 2**self.element.bits - 1).to(torch.int16)
+            codes = x.add_(zeros).round_().clamp_(0, 2**self.element.bits - 1).to(torch.int16)
         return codes.flatten(-2)[..., : weight.shape[-1]]
 
     def decode(self, codes: Tensor, grid: Grid) -> Tensor:
@@ -100,6 +107,22 @@ class Scaled(ScalarFormat):
         grouped, scales, zeros = self._aligned(codes, grid)
         values = self.element.decode(grouped) if zeros is None else grouped.float() - zeros
         return values.mul_(scales).flatten(-2)[..., : codes.shape[-1]]
+
+    def neighbours(self, weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The representable values just below and just above each weight, equal at the ends."""
+        grouped, scales, zeros = self._aligned(weight, grid)
+        zeros = torch.zeros(()) if zeros is None else zeros.float()
+        if self.asymmetric:
+            levels = torch.arange(2.0**self.element.bits, device=weight.device)
+        else:
+            levels = self.element.levels.to(weight.device)
+            levels = levels[levels.isfinite()].sort().values.unique_consecutive()
+        above = torch.searchsorted(levels, (grouped / scales + zeros).contiguous())
+        last = len(levels) - 1
+        ends = ((above - 1).clamp(0, last), above.clamp(0, last))
+        values = [(levels[end] - zeros) * scales for end in ends]
+        low, high = (v.flatten(-2)[..., : weight.shape[-1]] for v in values)
+        return low, high
 
     def take(self, grid: Grid, columns: Tensor, width: int) -> Grid:
         """See `ScalarFormat.take`: scales of single columns, as float32."""
@@ -115,7 +138,8 @@ class Scaled(ScalarFormat):
         """Bit streams of codes and zero points; scales as they are stored."""
         tensors = {"codes": self.element.pack(codes), **self.scale.pack(grid)}
         if self.asymmetric:
-            tensors["zeros"] = pack_bits(grid["zeros"], self.element.bits)
+            zeros = grid["zeros"]
+            tensors["zeros"] = zeros if self.real_zeros else pack_bits(zeros, self.element.bits)
         return Packed(self.name, tuple(codes.shape), tensors)
 
     def unpack(self, packed: Packed) -> tuple[Tensor, Grid]:
@@ -124,12 +148,21 @@ class Scaled(ScalarFormat):
         shape = self._scales_shape(packed.shape)
         grid = self.scale.unpack(packed.tensors, shape)
         if self.asymmetric:
-            grid["zeros"] = unpack_bits(packed.tensors["zeros"], self.element.bits, shape[-1])
+            zeros = packed.tensors["zeros"]
+            grid["zeros"] = (
+                zeros if self.real_zeros else unpack_bits(zeros, self.element.bits, shape[-1])
+            )
         return codes, grid
 
     def block_sums(self, values: Tensor) -> Tensor:
         """Sums of `... x rows x columns` over each scale's block, of the shape of the scales."""
         return self._blocks(values).sum(-1)
+
+    def spread(self, blocks: Tensor, weight: Tensor) -> Tensor:
+        """One number a block, repeated for each of its weights."""
+        rows, columns = weight.shape[-2:]
+        wide = _stretched(blocks, rows, self.rows or rows)
+        return wide.repeat_interleave(self.columns or columns, -1)[..., :columns]
 
     def _scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         *leading, rows, columns = shape

@@ -1,8 +1,10 @@
 """The quantizers that a job can name. A new one is a file beside these and a line below."""
 
+from quantization.quantizers.autoround import AutoRound
 from quantization.quantizers.base import Quantized, Quantizer, needs
 from quantization.quantizers.clipping import ClippingSearch
 from quantization.quantizers.gptq import GPTQ
+from quantization.quantizers.hqq import HQQ
 from quantization.quantizers.rtn import RoundToNearest
 from quantization.registry import Registry
 
@@ -12,6 +14,8 @@ for _quantizer in (
     ClippingSearch(weighted=False),
     ClippingSearch(weighted=True),
     GPTQ(),
+    HQQ(),
+    AutoRound(),
 ):
     QUANTIZERS.add(_quantizer.name, _quantizer)
 

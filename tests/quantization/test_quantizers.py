@@ -1,0 +1,229 @@
+"""Quantizers: each beats what it builds on, in its own measure, and GPTQ is GPTQ."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from quantization.errors import QuantizationError
+from quantization.formats import FORMATS
+from quantization.quantizers import QUANTIZERS, needs
+from quantization.quantizers.autoround import AutoRound
+from quantization.quantizers.gptq import GPTQ, inverse_factor
+from quantization.statistics import SiteStatistics
+
+SCALAR = [
+    "int2-g64", "int3-g64-asym", "int4-g128", "int4-g32-asym-fp8", "int4-g64-real", "int8-channel",
+    "int3-g16-asym-spqr", "ternary-g64", "fp4-e2m1-g32", "fp8-e4m3-b128", "mxfp4", "mxfp6", "nvfp4",
+    "nf4-g64", "squeezellm3", "squeezellm4@0.45%", "dialectfp4-b32", "fgmp@30%",
+    "owq-int3-g64@5%", "atom-int3-g64@12%", "slim-int3-g64@20%", "mixllm-int3-g64-asym@10%",
+]  # fmt: skip
+
+
+def data(rows=64, columns=320, seed=0):
+    """A heavy-tailed weight and the statistics of correlated inputs of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator)
+    mixing *= torch.rand(columns, generator=generator) ** 2
+    x = torch.randn(2000, columns, generator=generator) @ mixing
+    moment = x.T @ x / len(x)
+    weight = torch.randn(rows, columns, generator=generator) ** 3 * 0.01
+    fisher = torch.rand(rows, columns, generator=generator)
+    return weight, SiteStatistics(moment, moment.diagonal().clone(), fisher)
+
+
+def output_error(name, format, weight, known):
+    error = QUANTIZERS[name].quantize(weight, FORMATS[format], known).dequantize() - weight
+    return float(((error @ known.second_moment) * error).sum())
+
+
+@pytest.mark.parametrize("format", SCALAR)
+def test_gptq_beats_rounding_on_every_scalar_format(format):
+    weight, known = data()
+    gptq, plain = (output_error(name, format, weight, known) for name in ("gptq", "rtn-weighted"))
+    assert gptq < 0.95 * plain
+
+
+def reference_gptq(weight, moment, damping, order, rounded):
+    """Algorithm 1 of arXiv 2210.17323 as it stands: the inverse itself, one column at a time."""
+    weight, moment = weight.double().clone(), moment.double()
+    moment = moment + damping * moment.diagonal().mean() * torch.eye(len(moment))
+    result, remaining = torch.zeros_like(weight), list(order)
+    while remaining:
+        inverse = torch.linalg.inv(moment[remaining][:, remaining])
+        j = remaining[0]
+        result[:, j] = rounded(weight[:, j], j)
+        error = (weight[:, j] - result[:, j]) / inverse[0, 0]
+        weight[:, remaining[1:]] -= error[:, None] * inverse[0, 1:]
+        remaining = remaining[1:]
+    return result
+
+
+@pytest.mark.parametrize(
+    "format", ["int4-g32", "int3-g32-asym", "fp4-e2m1-g32", "nf4-g32", "squeezellm3"]
+)
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_gptq_is_within_two_percent_of_the_textbook(format, activation_order):
+    weight, known = data(24, 96)
+    weight = weight.contiguous()
+    own = GPTQ(activation_order=activation_order).quantize(weight, FORMATS[format], known)
+    order = torch.arange(96)
+    if activation_order:
+        order = known.importance.argsort(descending=True)
+
+    def rounded(column, j):
+        grid = FORMATS[format].take(own.grid, torch.tensor([j]), 96)
+        codes = FORMATS[format].encode(column[:, None].float().contiguous(), grid)
+        return FORMATS[format].decode(codes, grid)[:, 0].double()
+
+    textbook = reference_gptq(weight, known.second_moment, 0.01, order.tolist(), rounded)
+    errors = [
+        float(((d @ known.second_moment) * d).sum())
+        for d in (own.dequantize() - weight, textbook.float() - weight)
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "format", ["int4-g64", "nvfp4", "squeezellm3", "fgmp@30%", "owq-int3-g64@5%"]
+)
+def test_a_stack_of_experts_is_quantized_as_its_matrices(format):
+    """In natural order; activation order is one for the whole stack."""
+    each = [data(seed=seed) for seed in range(3)]
+    known = SiteStatistics(
+        *(torch.stack(t) for t in zip(*(vars(k).values() for _, k in each), strict=True))
+    )
+    gptq = GPTQ(activation_order=False)
+    stacked = gptq.quantize(torch.stack([w for w, _ in each]), FORMATS[format], known)
+    for i, (weight, own) in enumerate(each):
+        alone = gptq.quantize(weight, FORMATS[format], own).dequantize()
+        agree = (stacked.dequantize()[i] == alone).float().mean()
+        assert agree > 0.99  # float32 sums in another order tip a few values over
+
+
+def test_inverse_factor_is_the_cholesky_factor_of_the_inverse():
+    _, known = data()
+    upper = inverse_factor(known.second_moment, 0.01)
+    moment = known.second_moment.double()
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
+    assert torch.allclose(upper.T @ upper @ damped, torch.eye(len(moment)).double(), atol=1e-6)
+    assert torch.equal(upper, upper.triu())
+
+
+def test_inputs_that_are_always_zero_harm_nothing():
+    weight, known = data()
+    moment = known.second_moment.clone()
+    moment[:, :7] = moment[:7] = 0
+    dead = SiteStatistics(moment, moment.diagonal().clone())
+    values = QUANTIZERS["gptq"].quantize(weight, FORMATS["int4-g64"], dead).dequantize()
+    assert values.isfinite().all()
+    unseen = SiteStatistics(torch.zeros_like(moment), torch.zeros(len(moment)))
+    assert (
+        QUANTIZERS["gptq"]
+        .quantize(weight, FORMATS["int4-g64"], unseen)
+        .dequantize()
+        .isfinite()
+        .all()
+    )
+
+
+def test_a_moment_that_is_no_second_moment_is_refused():
+    weight, known = data(8, 64)
+    broken = SiteStatistics(-torch.eye(64) + 2, torch.ones(64))
+    with pytest.raises(QuantizationError, match="calibrate with more text"):
+        QUANTIZERS["gptq"].quantize(weight, FORMATS["int4-g64"], broken)
+
+
+@pytest.mark.parametrize(
+    "format", ["int3-g64", "int4-g64-asym", "fp4-e2m1-g32", "nvfp4", "fp8-e4m3-b128", "ternary-g64"]
+)
+def test_clipping_is_never_worse_than_rounding_in_its_own_measure(format):
+    weight, known = data()
+    plain, mse, weighted = (
+        QUANTIZERS[n].quantize(weight, FORMATS[format], known).dequantize() - weight
+        for n in ("rtn", "rtn-mse", "rtn-weighted")
+    )
+    cost = known.importance
+    assert mse.square().sum() <= plain.square().sum()
+    assert (weighted.square() * cost).sum() <= (mse.square() * cost).sum()
+
+
+@pytest.mark.parametrize("format", ["int3-g64", "int4-g64-real", "int2-g32-real", "nf4-g64"])
+def test_hqq_lowers_the_norm_that_it_minimises(format):
+    weight, _ = data()
+    plain, found = (
+        (QUANTIZERS[n].quantize(weight, FORMATS[format]).dequantize() - weight).abs()
+        for n in ("rtn", "hqq")
+    )
+    assert (found**0.7).sum() < (plain**0.7).sum()
+
+
+@pytest.mark.parametrize("format", ["int3-g64", "int4-g64-asym", "mxfp4", "nf4-g64"])
+def test_autoround_lowers_the_output_error_of_its_grid(format):
+    weight, known = data()
+    assert output_error("autoround", format, weight, known) < 0.98 * output_error(
+        "rtn-weighted", format, weight, known
+    )
+
+
+def test_autoround_rounds_each_weight_to_a_neighbour():
+    weight, known = data()
+    q = AutoRound(steps=50).quantize(weight, FORMATS["int4-g64"], known)
+    steps = q.format.spread(q.grid["scales"].float(), weight)
+    inside = (weight / steps).abs() < 7
+    assert ((q.dequantize() - weight).abs() <= steps * 1.001)[inside].all()
+
+
+@pytest.mark.parametrize("name", list(QUANTIZERS))
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    format=st.sampled_from(["bf16", *SCALAR]),
+    rows=st.integers(1, 4),
+    columns=st.sampled_from([1, 7, 16, 64, 130]),
+    kind=st.sampled_from(["normal", "zero", "subnormal", "one", "tiny", "huge"]),
+    calibrated=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_odd_weights_give_finite_values_or_a_clear_refusal(
+    name, format, rows, columns, kind, calibrated, seed
+):
+    assume(FORMATS[format].refusal((rows, columns)) is None)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight = {
+        "normal": weight, "zero": weight * 0, "subnormal": weight * 1e-41, "tiny": weight * 1e-12,
+        "one": torch.where(weight == weight.max(), weight, 0.0), "huge": weight * 1e9,
+    }[kind]  # fmt: skip
+    before = weight.clone()
+    known = SiteStatistics()
+    if calibrated:
+        x = torch.randn(5, columns, generator=generator)  # singular
+        moment = x.T @ x
+        known = SiteStatistics(moment, moment.diagonal().clone(), torch.rand(rows, columns))
+    quantizer = AutoRound(steps=5) if name == "autoround" else QUANTIZERS[name]
+    try:
+        q = quantizer.quantize(weight, FORMATS[format], known)
+    except QuantizationError as error:
+        assert kind == "huge"
+        assert "keep this layer in bf16" in str(error)
+        return
+    assert torch.equal(weight, before)
+    assert q.dequantize().isfinite().all()
+    assert q.pack().nbytes == FORMATS[format].nbytes((rows, columns))
+    if kind == "zero":
+        assert q.dequantize().abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", list(QUANTIZERS))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_all(name, bad):
+    weight = torch.ones(2, 64)
+    weight[1, 3] = bad
+    with pytest.raises(QuantizationError, match="1 of 128 weights"):
+        QUANTIZERS[name].quantize(weight, FORMATS["int4-g32"])
+
+
+def test_what_is_needed_is_said():
+    assert needs(QUANTIZERS["rtn"], FORMATS["int4-g64"]) == set()
+    assert needs(QUANTIZERS["gptq"], FORMATS["int4-g64"]) == {"second-moment"}
+    assert needs(QUANTIZERS["rtn"], FORMATS["squeezellm4"]) == {"fisher"}

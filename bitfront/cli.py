@@ -79,8 +79,20 @@ def search(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model folder's own code.")
     ] = False,
+    quantizer: Annotated[
+        str | None, typer.Option(help="rtn, rtn-mse, rtn-weighted, gptq, hqq or autoround.")
+    ] = None,
+    imatrix: Annotated[
+        str | None, typer.Option(help="A llama.cpp importance matrix, instead of calibration's.")
+    ] = None,
+    bank: Annotated[
+        str | None, typer.Option(help="What workers keep of each scheme: auto, values or packed.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Arithmetic: auto, bfloat16 or float32.")
+    ] = None,
+    transform: Annotated[
+        str | None, typer.Option(help="Rescale channels first: awq or smoothquant.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random controls.")] = None,
     address: Annotated[
@@ -105,7 +117,11 @@ def search(
         "budgets_bytes": _sizes(max_size),
         "revision": revision,
         "trust_remote_code": trust_remote_code or None,
+        "quantizer": quantizer,
+        "imatrix": imatrix,
+        "bank": bank,
         "dtype": dtype,
+        "transform": transform,
         "seed": seed,
         **{f"texts.{role}.source": source or text for role, source in sources.items()},
     }
@@ -215,16 +231,22 @@ def jobs(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def formats(
+    pattern: Annotated[
+        str, typer.Argument(help="Names to show: 'int4-*', 'gguf-*', or a family such as mixture.")
+    ] = "*",
     shape: Annotated[
         str, typer.Option(help="ROWSxCOLUMNS of a weight, outputs x inputs.")
     ] = "4096x4096",
     store: StoreOption = None,  # noqa: ARG001  # every command takes it
     as_json: JsonOption = False,
 ) -> None:
-    """List the weight formats with their exact bytes for a shape (the store isn't needed)."""
+    """List weight formats: exact bytes for a shape, and who multiplies by them packed.
+
+    The store isn't needed.
+    """
     from bitfront.querying import show_formats
 
-    show_formats(shape, as_json)
+    show_formats(pattern, shape, as_json)
 
 
 @database.command("upgrade")

@@ -3,7 +3,7 @@
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -65,6 +65,10 @@ class JobConfig(_Closed):
             default those of the menu's uniform maps and the middles between them.
         budgets_bytes: upper bounds on the model's weight bytes, beside `budgets`.
         dtype: arithmetic of the measurements: auto, bfloat16 or float32.
+        imatrix: a llama.cpp importance matrix, instead of the calibration text's.
+        bank: what workers keep of each scheme: values (fast), packed bytes (small), or auto, which
+            takes packed bytes where the values would fill more than half of the memory.
+        transform: what the whole model is put through before it is quantized: awq, smoothquant.
     """
 
     model: str
@@ -72,6 +76,8 @@ class JobConfig(_Closed):
     trust_remote_code: bool = False
     menu: Menu
     quantizer: str
+    imatrix: str | None = None
+    bank: Literal["auto", "values", "packed"] = "auto"
     estimators: tuple[str, ...] = Field(min_length=1)
     texts: Texts
     budgets: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
@@ -79,6 +85,7 @@ class JobConfig(_Closed):
     random_controls: int = Field(ge=0)
     seed: int = 0
     dtype: str = "auto"
+    transform: str | None = None
 
 
 def load_config(model: str, file: Path | None, overrides: dict[str, Any]) -> JobConfig:
@@ -152,7 +159,9 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _absolute(data: dict[str, Any]) -> dict[str, Any]:
-    """Text files by their whole path: one name a file, and one that holds in other folders."""
+    """Files by their whole path: one name a file, and one that holds in other folders."""
+    if isinstance(data.get("imatrix"), str):
+        data = {**data, "imatrix": _absolute_path(data["imatrix"])}
     texts = data.get("texts")
     if not isinstance(texts, dict):
         return data

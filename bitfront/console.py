@@ -64,4 +64,6 @@ def _caption(front: Front) -> str:
     floor = facts.get("noise_floor")
     if floor is not None:
         lines.append(f"Noise floor of {facts['dtype']} arithmetic: {floor:.2g} nats per token.")
+    if facts.get("transform"):
+        lines.append(f"Channels rescaled by {facts['transform']}.")
     return " ".join(lines)

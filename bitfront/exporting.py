@@ -87,6 +87,7 @@ def _precision_map(front: Front, point: Point) -> PrecisionMap:
             "point": point.id,
             "origin": candidate.origin,
             "quantizer": job.facts["quantizer"],
+            "transform": job.facts.get("transform"),
             "average_bits": point.average_bits,
             "weight_bytes": point.weight_bytes,
             "kl": point.kl,
@@ -113,13 +114,15 @@ def _with_model(store: Store, front: Front, point: Point, precision_map: Precisi
     from workers.session import Session
 
     config = JobConfig.model_validate(front.job.config)
-    plan = make_plan(config.model_copy(update={"revision": front.model.revision}))
+    # what the arithmetic was tells the statistics apart, and so the folded model
+    same = {"revision": front.model.revision, "dtype": front.job.facts["dtype"]}
+    plan = make_plan(config.model_copy(update=same))
     if plan.checkpoint.weights_hash != front.job.weights_hash:
         raise ExportError(
             f"the model at '{plan.checkpoint.name}' has changed since job {front.job.id}; "
             "search again"
         )
-    spec = replace(spec_of(plan, None), dtype=front.job.facts["dtype"], threads=os.cpu_count() or 1)
+    spec = replace(spec_of(plan, None), threads=os.cpu_count() or 1, packed=False)
     session = Session(spec)
     text = plan.texts["heldout"]
     chunks = text.hashes[:CHECKED_CHUNKS]

@@ -152,6 +152,7 @@ def _open_job(plan: Plan, store: Store) -> Job:
         "choices": [[scheme.name for scheme in row] for row in plan.choices],
         "dtype": plan.dtype,
         "quantizer": plan.quantizer,
+        "transform": plan.folding.identity if plan.folding else None,
         "budgets": list(plan.budgets),
         "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
     }
@@ -170,6 +171,9 @@ def spec_of(plan: Plan, cache: str | None) -> SessionSpec:
         cache=cache,
         calibration=plan.texts["calibration"].ids,
         statistics=plan.statistics,
+        folding=plan.folding,
+        imatrix=plan.imatrix,
+        packed=plan.packed,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +15,25 @@ from numpy.typing import NDArray
 from bitfront.config import DEMO, ConfigError, JobConfig
 from bitfront.demo import NAME, demo_model
 from cost_models import weight_bytes
-from evaluation.arithmetic import choose_dtype
+from evaluation.arithmetic import DTYPES, choose_dtype, memory_bytes
 from evaluation.texts import Text, TextRequest, make_texts
 from quantization.adapter import describe
-from quantization.checkpoints import Checkpoint, load_tokenizer, resolve
+from quantization.checkpoints import Checkpoint, load_config, load_tokenizer, resolve
+from quantization.imatrix import read_imatrix
 from quantization.memory import return_memory
 from quantization.precision_map import map_hash
 from quantization.quantizers import QUANTIZERS, needs
-from quantization.schemes import Scheme
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.statistics import Imported
+from quantization.transforms import TRANSFORMS
+from quantization.transforms.checkpoint import Folding
 from quantization.units import Layout, Unit
 from search.errors import InfeasibleBudgetError
 from search.problem import Problem
 from sensitivity import ESTIMATORS, menu
 from store.queries import key_of
+
+MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,14 @@ class Plan:
     """What a job will do.
 
     Args:
+        checkpoint: what is quantized: the model, or what a transform makes of it.
         name: the model's, for people.
         choices: the schemes of each unit; one for those that are pinned.
         menu: the columns of all tables.
         bytes_table: units x schemes; `other_bytes` come on top of every map.
         budgets: upper bounds on weight bytes, rising.
+        folding: how `checkpoint` is made, where the job has a transform.
+        packed: whether the bank holds packed bytes instead of values.
     """
 
     config: JobConfig
@@ -53,6 +63,9 @@ class Plan:
     texts: dict[str, Text]
     dtype: str
     dtype_reason: str
+    folding: Folding | None = None
+    imatrix: Imported | None = None
+    packed: bool = False
 
     @property
     def offered(self) -> NDArray[np.bool_]:
@@ -106,16 +119,20 @@ class Plan:
         from quantization.formats import FORMATS
 
         quantizer = QUANTIZERS[self.config.quantizer]
+        name = quantizer.identity
         if any(needs(quantizer, FORMATS[scheme.weight]) for scheme in self.menu):
-            return f"{quantizer.identity}@{self.statistics[:16]}"
-        return quantizer.identity
+            name += f"@{self.statistics[:16]}{self.imatrix.identity[:16] if self.imatrix else ''}"
+        return f"{name}, packed" if self.packed else name  # kernels add up in another order
 
     @property
     def key(self) -> str:
         """Identifies what the job computes: the same question has the same key."""
-        config = self.config.model_dump_json(exclude={"model", "revision", "texts", "dtype"})
+        # named by the hashes below, or new since there are jobs: those keep their keys
+        named = {"model", "revision", "texts", "dtype", "transform", "imatrix", "bank"}
+        config = self.config.model_dump_json(exclude=named)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]
-        return key_of(self.checkpoint.weights_hash, config, self.dtype, *texts)
+        extra = [self.quantizer] if self.packed or self.imatrix else []
+        return key_of(self.checkpoint.weights_hash, config, self.dtype, *texts, *extra)
 
 
 def make_plan(config: JobConfig) -> Plan:
@@ -130,6 +147,8 @@ def make_plan(config: JobConfig) -> Plan:
     QUANTIZERS[config.quantizer]
     for estimator in config.estimators:
         ESTIMATORS[estimator]
+    if config.transform:
+        TRANSFORMS[config.transform]
     dtype, reason = choose_dtype(config.dtype)
     source = demo_model() if config.model == DEMO else config.model
     checkpoint = resolve(source, config.revision, config.trust_remote_code)
@@ -158,7 +177,52 @@ def make_plan(config: JobConfig) -> Plan:
     )
     _check_disjoint(plan.texts)
     return_memory()  # of the import and the tokenizer; the driver outlives them by hours
-    return replace(plan, budgets=_budgets(plan))
+    plan = replace(
+        plan, budgets=_budgets(plan), imatrix=_imported(config, plan), packed=_packed(config, plan)
+    )
+    return _transformed(plan, config.transform) if config.transform else plan
+
+
+def _imported(config: JobConfig, plan: Plan) -> Imported | None:
+    """The importance matrix that the job names."""
+    if config.imatrix is None:
+        return None
+    if config.transform:
+        raise ConfigError(
+            f"an imatrix is of the model as it is, and {config.transform} rescales its channels; "
+            "leave one of them out"
+        )
+    architecture = load_config(plan.checkpoint).model_type
+    return Imported.of(read_imatrix(Path(config.imatrix), plan.layout, architecture))
+
+
+def _packed(config: JobConfig, plan: Plan) -> bool:
+    """Whether to keep packed bytes: asked for, or the values wouldn't fit."""
+    if config.bank != "auto":
+        return config.bank == "packed"
+    numel = sum(u.numel * len(row) for u, row in zip(plan.layout.units, plan.choices, strict=True))
+    return numel * DTYPES[plan.dtype].itemsize > MEMORY_SHARE * memory_bytes()
+
+
+def _transformed(plan: Plan, name: str) -> Plan:
+    """The plan for the folded model, which has the same layout.
+
+    Transforms that are tuned to a format get the menu's middle one by average bits, the smaller of
+    two: the smallest is often too coarse for the search to take.
+    """
+    format = None
+    if TRANSFORMS[name].tuned:
+        bits = {}
+        for column, scheme in enumerate(plan.menu):
+            rows = plan.offered[:, column] & plan.open_units
+            if scheme.weight != FULL_PRECISION and rows.any():
+                numel = sum(plan.layout.units[row].numel for row in np.flatnonzero(rows))
+                bits[scheme.weight] = int(plan.bytes_table[rows, column].sum()) / numel
+        if not bits:
+            raise ConfigError(f"the transform {name} is tuned to a format, and the menu has none")
+        format = sorted(bits, key=lambda weight: (bits[weight], weight))[(len(bits) - 1) // 2]
+    folding = Folding(plan.checkpoint, name, format, plan.statistics)
+    return replace(plan, checkpoint=folding.checkpoint, folding=folding)
 
 
 def _choices(unit: Unit, schemes: Sequence[Scheme], pins: dict[str, Scheme]) -> tuple[Scheme, ...]:

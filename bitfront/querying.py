@@ -1,7 +1,8 @@
 """What `query`, `jobs` and `formats` print."""
 
+from fnmatch import fnmatch
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -13,6 +14,9 @@ from quantization.errors import BitfrontError
 from quantization.units import Layout
 from store.database import Store
 from store.queries import find_job, list_jobs
+
+if TYPE_CHECKING:
+    from quantization.formats import Format  # torch
 
 
 class NothingFitsError(BitfrontError):
@@ -90,8 +94,8 @@ def show_jobs(store: Store, as_json: bool) -> None:
     print_table(table)
 
 
-def show_formats(shape: str, as_json: bool) -> None:
-    """Print all formats with their bytes for ROWSxCOLUMNS."""
+def show_formats(pattern: str, shape: str, as_json: bool) -> None:
+    """Print the formats whose name or family matches, with their bytes for ROWSxCOLUMNS."""
     from quantization.formats import FORMATS
 
     try:
@@ -100,25 +104,47 @@ def show_formats(shape: str, as_json: bool) -> None:
             raise ValueError
     except ValueError:
         raise BitfrontError(f"'{shape}' is not a shape such as 4096x11008") from None
-    entries: list[dict[str, Any]] = []
-    for name in FORMATS:
-        format = FORMATS[name]
-        applies = format.refusal((rows, columns)) is None
-        nbytes = format.nbytes((rows, columns)) if applies else None
-        bits = format.bits_per_weight((rows, columns)) if applies else None
-        entries.append({
-            "name": name, "family": format.family, "bits_per_weight": bits,
-            "nbytes": nbytes, "applies": applies,
-        })  # fmt: skip
+    chosen = [
+        name
+        for name in FORMATS
+        if fnmatch(name, pattern) or pattern in FORMATS[name].family.split("+")
+    ]
+    if not chosen:
+        FORMATS[pattern]  # says so, with the nearest names
+    entries = [_format_entry(FORMATS[name], (rows, columns)) for name in chosen]
     if as_json:
         print_json(entries)
         return
-    table = Table("name", "family", "bits per weight", "bytes", "applies")
+    table = Table("name", "family", "bits", "bytes", "kernels", "calibrated with", "applies")
     for e in entries:
         table.add_row(
             e["name"], e["family"],
             f"{e['bits_per_weight']:.4f}" if e["applies"] else "",
             f"{e['nbytes']:,}" if e["applies"] else "",
-            "yes" if e["applies"] else "no",
+            ", ".join(e["kernels"]) or "simulated", ", ".join(e["needs"]),
+            e["refusal"] or (f"stored as {e['stored_as']}" if e["stored_as"] else "yes"),
         )  # fmt: skip
     print_table(table)
+
+
+def _format_entry(format: "Format", shape: tuple[int, int]) -> dict[str, Any]:
+    from quantization.formats.gguf import GGUFFormat
+    from quantization.kernels import kernel_devices
+
+    native = {"bf16": ["any device"], "gguf": ["llama.cpp"]}
+    kernels = native.get(format.name) or native.get(format.family) or kernel_devices(format)
+    refusal = format.refusal(shape)
+    stored = None
+    if isinstance(format, GGUFFormat) and not refusal:
+        stored = f"gguf-{format.stored_type(shape)}"
+    return {
+        "name": format.name,
+        "family": format.family,
+        "bits_per_weight": None if refusal else format.bits_per_weight(shape),
+        "nbytes": None if refusal else format.nbytes(shape),
+        "kernels": kernels,
+        "needs": sorted(format.needs),
+        "applies": refusal is None,
+        "refusal": refusal,
+        "stored_as": None if stored == format.name else stored,
+    }

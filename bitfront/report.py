@@ -219,6 +219,8 @@ def _method(front: Front) -> str:
         f"{held['source']}, which neither calibration nor search has seen; intervals are "
         f"Student's t over chunks. Quantizer {facts['quantizer']}, arithmetic {facts['dtype']}."
     )
+    if transform := facts.get("transform"):
+        words += f" Channels rescaled by {transform} before quantization, which changes no output."
     if fit:
         words += (
             f" Predictions: {facts['predicts']}, gain {fit['gain']:.3g} fitted on {fit['maps']} "

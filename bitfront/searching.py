@@ -86,6 +86,8 @@ def _summary(plan: Plan) -> str:
         f"{plan.name}: {int(plan.open_units.sum())} units to decide{kept}; "
         f"arithmetic {plan.dtype} ({plan.dtype_reason})"
     )
+    if plan.folding:
+        text += f"; channels rescaled by {plan.folding.identity}"
     for layer in plan.layout.kept[:5]:
         text += f"\n  kept: {layer.name} ({layer.reason})"
     if len(plan.layout.kept) > 5:
@@ -130,4 +132,5 @@ def _document(plan: Plan) -> dict[str, Any]:
             "heldout": (controls + len(plan.budgets) + 1) * texts.heldout.chunks,
         },
         "arithmetic": plan.dtype,
+        "transform": plan.folding.identity if plan.folding else None,
     }

@@ -1,5 +1,7 @@
 """Which number type and device a worker computes with, and why."""
 
+import os
+
 import torch
 
 from quantization.errors import MeasurementError
@@ -11,6 +13,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def memory_bytes() -> int:
+    """The memory that a bank has to fit into: the accelerator's, or the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def choose_dtype(wanted: str = "auto") -> tuple[torch.dtype, str]:

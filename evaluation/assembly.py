@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantization.bank import Bank, Tensors
 from quantization.checkpoints import load_config
+from quantization.kernels.packed_weight import PackedWeight
 from quantization.schemes import Scheme
 
 
@@ -16,7 +17,8 @@ class AssembledModel:
     """One replica of a model, holding whichever candidate was assigned last.
 
     Not thread-safe: a worker owns its replica. On the CPU the parameters are views of the bank's
-    mapped files; on an accelerator each scheme of a unit is moved there once and kept.
+    mapped files; on an accelerator each scheme of a unit is moved there once and kept. Packed
+    weights take a parameter's place until plain ones return.
     """
 
     def __init__(self, bank: Bank, device: torch.device) -> None:
@@ -24,6 +26,7 @@ class AssembledModel:
         self.module = _skeleton(bank)
         self._aliases = _aliases(self.module)
         self._on_device: dict[int, Tensor] = {}
+        self._packed: set[str] = set()
         for unit in bank.layout.units:
             self._adopt(bank.reference(unit))
         self._adopt(bank.rest())
@@ -42,32 +45,47 @@ class AssembledModel:
                 self.bank.reference(unit) if scheme is None else self.bank.tensors(unit, scheme)
             )
             for name, tensor in tensors.items():
-                self._parameters[name].data = self._placed(tensor)
+                self._point(name, tensor)
             self._current[i] = scheme
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of that name in the state dict."""
         return self._parameters[name]
 
+    def _point(self, name: str, tensor: Tensor) -> None:
+        """Make the bank's tensor the model's parameter of that name."""
+        if isinstance(tensor, PackedWeight):
+            self._own(name, nn.Parameter(self._placed(tensor), requires_grad=False))
+            self._packed.add(name)
+            return
+        self._parameters[name].data = self._placed(tensor)
+        if name in self._packed:
+            self._own(name, self._parameters[name])
+            self._packed.discard(name)
+
     def _placed(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; the same one for the same page of the bank."""
         if self.device.type == "cpu":
             return tensor
-        if tensor.data_ptr() not in self._on_device:
-            self._on_device[tensor.data_ptr()] = tensor.to(self.device)
-        return self._on_device[tensor.data_ptr()]
+        # a packed weight has no storage of its own; the bank keeps it as long as its pages
+        page = id(tensor) if isinstance(tensor, PackedWeight) else tensor.data_ptr()
+        if page not in self._on_device:
+            self._on_device[page] = tensor.to(self.device)
+        return self._on_device[page]
+
+    def _own(self, name: str, parameter: nn.Parameter) -> None:
+        """Give the parameter to every module that holds it."""
+        for path, leaf in self._aliases[name]:
+            self.module.get_submodule(path)._parameters[leaf] = parameter
 
     def _adopt(self, tensors: Tensors) -> None:
         """Replace meta parameters (and persistent buffers) by real ones."""
         for name, tensor in tensors.items():
-            owners = self._aliases.get(name)
-            if owners is None:
+            if name not in self._aliases:
                 path, _, leaf = name.rpartition(".")
                 self.module.get_submodule(path)._buffers[leaf] = tensor
                 continue
-            parameter = nn.Parameter(self._placed(tensor), requires_grad=False)
-            for path, leaf in owners:
-                self.module.get_submodule(path)._parameters[leaf] = parameter
+            self._own(name, nn.Parameter(self._placed(tensor), requires_grad=False))
 
 
 def _skeleton(bank: Bank) -> Any:

@@ -1,7 +1,8 @@
 """The bank: a model's units quantized once under every scheme, mapped from disk, never copied.
 
 One safetensors file a unit and scheme holds the dequantized tensors in the arithmetic type of the
-measurements; one more holds what isn't in any unit. Files are named by what they contain (weights,
+measurements, or the packed bytes that are multiplied as they are (`packed`: slower without a
+kernel, but only as large as the menu's formats); one more holds what isn't in any unit. Files are named by what they contain (weights,
 quantizer, type, scheme, unit), written beside their place and renamed, so a bank may be shared by
 all workers of a node, grows by what a new menu adds, and survives a kill at any moment. Reading
 maps the file: processes share its pages, and switching a model to another scheme only moves
@@ -9,8 +10,9 @@ pointers.
 """
 
 import hashlib
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from torch import Tensor
 from quantization.cache import cache_dir, write_whole
 from quantization.checkpoints import Checkpoint, load_model
 from quantization.errors import BankError, QuantizationError
-from quantization.formats import FORMATS
-from quantization.quantizers import Quantizer, needs
+from quantization.formats import FORMATS, Packed
+from quantization.kernels.packed_weight import PackedWeight
+from quantization.quantizers import Quantized, Quantizer, needs
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.statistics import NOTHING_KNOWN, Statistic, Statistics
 from quantization.units import Layout, Site, Unit
@@ -41,6 +44,9 @@ REFERENCE = "reference"
 class Bank:
     """The bank of one model, quantizer and arithmetic type.
 
+    With `packed`, units inside the decoder blocks are kept as packed bytes; embedding and head, whose
+    values are looked at directly, never are.
+
     Instances are cheap; a process may hold several. Tensors that it returns are read-only by
     agreement: they are views of shared pages.
     """
@@ -53,10 +59,11 @@ class Bank:
         dtype: torch.dtype,
         root: Path | None = None,
         statistics: Statistics | None = None,
+        packed: bool = False,
     ) -> None:
         self.checkpoint, self.layout = checkpoint, layout
         self.quantizer, self.dtype = quantizer, dtype
-        self.statistics = statistics
+        self.statistics, self.packed = statistics, packed
         identity = f"{checkpoint.weights_hash}|{quantizer.identity}|{dtype}"
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self.folder = (root or cache_dir() / "banks") / name
@@ -123,7 +130,7 @@ class Bank:
         A pass over all schemes would otherwise hold the whole bank in memory.
         """
         path = self._path(unit, scheme)
-        return self._maps[path] if path in self._maps else _map(path)
+        return self._maps[path] if path in self._maps else _map(path, self.dtype)
 
     def reference(self, unit: Unit) -> Tensors:
         """The unit's unquantized parameters."""
@@ -138,27 +145,42 @@ class Bank:
         for scheme in wanted:
             path = self._path(unit, scheme)
             if not path.exists():
-                rendered = {
-                    site.parameter: self._render(parameters[site.parameter], site, scheme)
+                quantized = {
+                    site.parameter: self._quantized(parameters[site.parameter], site, scheme)
                     for site in unit.stored
                 }
-                self._write(path, rendered)
+                transposed = {site.parameter: site.transposed for site in unit.stored}
+                if self._is_packed(unit, scheme):
+                    self._write_packed(path, quantized, transposed)
+                else:
+                    values = {n: self._values(q, transposed[n]) for n, q in quantized.items()}
+                    self._write(path, values)
 
-    def _render(self, weight: Tensor, site: Site, scheme: Scheme | str) -> Tensor:
+    def _quantized(self, weight: Tensor, site: Site, scheme: Scheme | str) -> Tensor | Quantized:
+        """A site under a scheme, rows x columns; the reference as the parameter itself."""
         if isinstance(scheme, str) or scheme.weight == self._exact_format():
-            return _as(weight, self.dtype)
+            return weight
         weight = weight.mT if site.transposed else weight
         known = self.statistics.of(site, self._needs(scheme)) if self.statistics else NOTHING_KNOWN
         try:
-            quantized = self.quantizer.quantize(weight, FORMATS[scheme.weight], known)
-            values = quantized.dequantize()
+            return self.quantizer.quantize(weight, FORMATS[scheme.weight], known)
         except QuantizationError as error:
             raise QuantizationError(f"{site.name} in {scheme.name}: {error}") from error
-        return _as(values.mT if site.transposed else values, self.dtype)
+
+    def _values(self, quantized: Tensor | Quantized, transposed: bool) -> Tensor:
+        """What the model multiplies by, in the arithmetic type."""
+        if isinstance(quantized, Tensor):
+            return _as(quantized, self.dtype)
+        values = quantized.dequantize()
+        return _as(values.mT if transposed else values, self.dtype)
+
+    def _is_packed(self, unit: Unit, scheme: Scheme | str) -> bool:
+        exact = isinstance(scheme, str) or scheme.weight == self._exact_format()
+        return self.packed and unit.layer is not None and not exact
 
     def _needs(self, scheme: Scheme | str) -> frozenset[Statistic]:
-        """The statistics that an entry is made with."""
-        if isinstance(scheme, str) or scheme.weight == self._exact_format():
+        """The statistics that an entry is made with; full precision is only rounded."""
+        if isinstance(scheme, str) or scheme.weight == FULL_PRECISION:
             return frozenset()
         return needs(self.quantizer, FORMATS[scheme.weight])
 
@@ -172,7 +194,8 @@ class Bank:
             name = REFERENCE
         members = "|".join(site.parameter for site in unit.sites)
         known = f"@{self.statistics.short}" if self.statistics and self._needs(scheme) else ""
-        return self.folder / f"{_short(members)}-{name.replace('/', '_')}{known}.safetensors"
+        form = "-packed" if self._is_packed(unit, scheme) else ""
+        return self.folder / f"{_short(members)}-{name.replace('/', '_')}{known}{form}.safetensors"
 
     def _rest_path(self) -> Path:
         units = "|".join(site.parameter for unit in self.layout.units for site in unit.sites)
@@ -187,31 +210,58 @@ class Bank:
     def _check_space(self, choices: Choices) -> None:
         """Refuse before the first byte what the disk can't hold."""
         missing = set(self.missing(choices))
-        files = {self._path(unit, scheme): unit.numel for unit, scheme in self._entries(choices)}
-        needed = sum(
-            numel * self.dtype.itemsize for path, numel in files.items() if path in missing
-        )
+        files = {
+            self._path(unit, scheme): self._entry_bytes(unit, scheme)
+            for unit, scheme in self._entries(choices)
+        }
+        needed = sum(nbytes for path, nbytes in files.items() if path in missing)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(f"it needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free")
+
+    def _entry_bytes(self, unit: Unit, scheme: Scheme | str) -> int:
+        if isinstance(scheme, Scheme) and self._is_packed(unit, scheme):
+            return sum(FORMATS[scheme.weight].nbytes(site.shape) for site in unit.stored)
+        return unit.numel * self.dtype.itemsize
+
+    def _write_packed(
+        self, path: Path, quantized: Mapping[str, Tensor | Quantized], transposed: dict[str, bool]
+    ) -> None:
+        tensors: Tensors = {}
+        described = {}
+        for parameter, entry in quantized.items():
+            assert isinstance(entry, Quantized)
+            packed = entry.pack()
+            tensors |= {f"{parameter}|{n}": t.contiguous() for n, t in packed.tensors.items()}
+            described[parameter] = [packed.format, packed.shape, transposed[parameter]]
+        metadata = {"packed": json.dumps(described)}
+        write_whole(path, partial(save_file, tensors, metadata=metadata))
 
     def _write(self, path: Path, tensors: Tensors) -> None:
         write_whole(path, partial(save_file, tensors))
 
     def _read(self, path: Path) -> Tensors:
         if path not in self._maps:
-            self._maps[path] = _map(path)
+            self._maps[path] = _map(path, self.dtype)
         return self._maps[path]
 
 
-def _map(path: Path) -> Tensors:
+def _map(path: Path, dtype: torch.dtype) -> Tensors:
+    """A file's parameters; packed ones as tensors that dequantize when they are looked at."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            described = json.loads((file.metadata() or {}).get("packed", "{}"))
     except Exception as error:  # safetensors raises its own type for damaged files
         raise BankError(
             f"can't read '{path}' ({error}); remove it and run the same command again"
         ) from error
+    for parameter, (name, shape, transposed) in described.items():
+        mark = f"{parameter}|"
+        own = {n.removeprefix(mark): tensors.pop(n) for n in list(tensors) if n.startswith(mark)}
+        packed = Packed(name, tuple(shape), own)
+        tensors[parameter] = PackedWeight(packed, dtype, transposed)
+    return tensors
 
 
 def _parameters(model: Any) -> Tensors:

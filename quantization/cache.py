@@ -1,6 +1,7 @@
 """Where Bitfront keeps what can be made again: imported checkpoints, banks, reference states."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,3 +24,17 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
         os.replace(work, path)
     finally:
         Path(work).unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """The same for a folder; one that another process has put there meanwhile stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix="writing-"))
+    try:
+        write(work)
+        os.replace(work, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

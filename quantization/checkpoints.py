@@ -8,9 +8,6 @@ workers then map the weights instead of holding a copy each.
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from quantization.cache import cache_dir
+from quantization.cache import cache_dir, write_folder
 from quantization.errors import ModelError
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
@@ -164,20 +161,18 @@ def _import_gguf(file: Path, digest: str) -> Path:
     folder = cache_dir() / "models" / digest[:32]
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix="importing-"))
-    try:
+
+    def write(work: Path) -> None:
         with readable(str(file)), redirect_stderr(StringIO()):  # its bars ignore the setting
             _write_snapshot(file, work)
-        os.replace(work, folder)
+
+    try:
+        write_folder(folder, write)
     except OSError as error:
-        if not folder.exists():  # otherwise another process was faster, and that is fine
-            raise ModelError(
-                f"can't write the imported model to '{folder}' ({error}); "
-                "free some space or set BITFRONT_CACHE"
-            ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise ModelError(
+            f"can't write the imported model to '{folder}' ({error}); "
+            "free some space or set BITFRONT_CACHE"
+        ) from error
     return folder
 
 

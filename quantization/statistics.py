@@ -1,12 +1,13 @@
 """What calibration knows of a site: statistics of its inputs and of the loss's gradients."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,8 +32,29 @@ class SiteStatistics:
     importance: Tensor | None = None
     fisher: Tensor | None = None
 
+    def to(self, device: torch.device) -> "SiteStatistics":
+        """The same on a device."""
+        known = vars(self).items()
+        return SiteStatistics(**{name: t if t is None else t.to(device) for name, t in known})
+
 
 NOTHING_KNOWN = SiteStatistics()
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An importance matrix from elsewhere: by parameter, and a hash of it all."""
+
+    importance: Mapping[str, Tensor]
+    identity: str
+
+    @classmethod
+    def of(cls, importance: Mapping[str, Tensor]) -> "Imported":
+        """With the hash of what it says."""
+        digest = sha256()
+        for name, values in sorted(importance.items()):
+            digest.update(name.encode() + values.contiguous().numpy().tobytes())
+        return cls(importance, digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -41,11 +63,11 @@ class Statistics:
 
     Args:
         identity: names model, text and arithmetic; enters the keys of what is made with them.
-        imported: importance by parameter, which replaces the calibrated one.
+        imported: importance that replaces the calibrated one.
     """
 
     identity: str
-    imported: Mapping[str, Tensor] = field(default_factory=dict)
+    imported: Imported | None = None
 
     @property
     def folder(self) -> Path:
@@ -55,7 +77,8 @@ class Statistics:
     @property
     def short(self) -> str:
         """The identity as a part of a file name."""
-        return _short(self.identity)[:8]
+        imported = self.imported.identity if self.imported else ""
+        return _short(self.identity + imported)[:8]
 
     def of(self, site: Site, kinds: Iterable[Statistic]) -> SiteStatistics:
         """The statistics of these kinds; those that calibration couldn't see stay None."""
@@ -66,8 +89,9 @@ class Statistics:
                 with safe_open(path, framework="pt") as file:
                     found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         statistics = SiteStatistics(**found)
-        if site.parameter in self.imported:
-            statistics = replace(statistics, importance=self.imported[site.parameter])
+        if self.imported and site.parameter in self.imported.importance:
+            own = self.imported.importance[site.parameter]
+            statistics = replace(statistics, importance=own)
         return statistics
 
     def path(self, site: Site, kind: Statistic) -> Path:

@@ -21,7 +21,8 @@ from quantization.errors import ModelError
 from quantization.memory import return_memory
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
-from quantization.statistics import Statistics
+from quantization.statistics import Imported, Statistics
+from quantization.transforms.checkpoint import Folding, folded_sites, write_folded
 from quantization.units import Layout
 from sensitivity import ESTIMATORS, RawTable, Share
 
@@ -39,6 +40,8 @@ class SessionSpec:
         dtype: name of the arithmetic type.
         threads: of the CPU, for each worker.
         cache: the driver's `$BITFRONT_CACHE`, where it has one.
+        folding: how `checkpoint` is made from another, where it is.
+        packed: whether the bank holds packed bytes instead of values.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +53,9 @@ class SessionSpec:
     cache: str | None
     calibration: Ids
     statistics: str
+    folding: Folding | None = None
+    imatrix: Imported | None = None
+    packed: bool = False
 
 
 class Session:
@@ -70,6 +76,7 @@ class Session:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # one worker of a node builds, the others wait
+            self._fold()
             self._calibrate()
             self._bank.build(self._choices)
         return_memory()
@@ -102,6 +109,26 @@ class Session:
         """The replica; builds bank and model if need be."""
         return self._evaluator
 
+    def _fold(self) -> None:
+        """Make the folded checkpoint, from the original's statistics on the same text."""
+        folding = self._spec.folding
+        if folding is None or folding.ready:
+            return
+        original = _on_this_node(folding.original)
+        statistics, layout = Statistics(folding.statistics), self._spec.layout
+        sites = [
+            s for s in folded_sites(layout) if not statistics.path(s, "second-moment").exists()
+        ]
+        calibrate(
+            original,
+            {"second-moment": sites} if sites else {},
+            self._spec.calibration,
+            statistics,
+            default_device(),
+            DTYPES[self._spec.dtype],
+        )
+        write_folded(folding, original, layout, default_device())
+
     def _calibrate(self) -> None:
         """Collect the statistics that the bank's missing entries are made with."""
         wanted = self._bank.wanted(self._choices)
@@ -125,7 +152,8 @@ class Session:
             spec.layout,
             QUANTIZERS[spec.quantizer],
             DTYPES[spec.dtype],
-            statistics=Statistics(spec.statistics),
+            statistics=Statistics(spec.statistics, spec.imatrix),
+            packed=spec.packed,
         )
 
     @cached_property
@@ -134,14 +162,19 @@ class Session:
         return Evaluator(self._bank, default_device())
 
     def _local_checkpoint(self) -> Checkpoint:
-        """The checkpoint on this node: the driver's folder, or the same model found anew."""
-        wanted = self._spec.checkpoint
-        if Path(wanted.folder).is_relative_to(cache_dir()) and Path(wanted.folder).exists():
-            return wanted  # an import, named by the hash of what it was made from
-        found = resolve(wanted.name, wanted.revision, wanted.trust_remote_code)
-        if found.weights_hash != wanted.weights_hash:
-            raise ModelError(
-                f"'{wanted.name}' on this node hashes to {found.weights_hash[:12]}, on the driver "
-                f"to {wanted.weights_hash[:12]}; give all nodes the same files"
-            )
-        return found
+        """The checkpoint on this node; a folded one is there once `prepare` has made it."""
+        folding = self._spec.folding
+        return folding.checkpoint if folding else _on_this_node(self._spec.checkpoint)
+
+
+def _on_this_node(wanted: Checkpoint) -> Checkpoint:
+    """The driver's folder, or the same model found anew."""
+    if Path(wanted.folder).is_relative_to(cache_dir()) and Path(wanted.folder).exists():
+        return wanted  # an import, named by the hash of what it was made from
+    found = resolve(wanted.name, wanted.revision, wanted.trust_remote_code)
+    if found.weights_hash != wanted.weights_hash:
+        raise ModelError(
+            f"'{wanted.name}' on this node hashes to {found.weights_hash[:12]}, on the driver "
+            f"to {wanted.weights_hash[:12]}; give all nodes the same files"
+        )
+    return found

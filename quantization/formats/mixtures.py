@@ -58,7 +58,7 @@ class Mixture(ScalarFormat):
         counts = self._counts(shape[self.dim] // self.size)
         if min(counts) < 1:
             return f"of {shape[self.dim] // self.size} slices, a part would get none"
-        reasons = (p.format.refusal(s) for p, s in self._shapes(shape))
+        reasons = (p.format.refusal(s) for p, s in self.part_shapes(shape))
         return next((reason for reason in reasons if reason), None)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -68,7 +68,7 @@ class Mixture(ScalarFormat):
         matrices = 1
         for extent in shape[:-2]:
             matrices *= extent
-        inside = sum(part.format.nbytes(s) for part, s in self._shapes(shape))
+        inside = sum(part.format.nbytes(s) for part, s in self.part_shapes(shape))
         return inside + matrices * places * _place_type(slices).itemsize
 
     def fit(self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN) -> Grid:
@@ -115,22 +115,35 @@ class Mixture(ScalarFormat):
 
     def unpack(self, packed: Packed) -> tuple[Tensor, Grid]:
         """Undo `pack`."""
-        slices = packed.shape[self.dim] // self.size
-        counts, largest = self._counts(slices), self._largest(slices)
-        places = packed.tensors["places"].long()
-        inside = torch.ones(*places.shape[:-1], slices, dtype=torch.bool, device=places.device)
-        inside = inside.scatter(-1, places, False)
-        rest = inside.nonzero()[:, -1].view(*places.shape[:-1], counts[largest])
-        before = sum(counts[:largest])
-        order = torch.cat([places[..., :before], rest, places[..., before:]], -1)
-        grid: Grid = {"order": order}
+        grid: Grid = {"order": torch.cat(self.places(packed), -1)}
         pieces = []
-        for i, (part, shape) in enumerate(self._shapes(packed.shape)):
-            own = {n[2:]: t for n, t in packed.tensors.items() if n.startswith(f"{i}.")}
-            codes, found = part.format.unpack(Packed(part.format.name, shape, own))
+        for i, (part, own) in enumerate(zip(self.parts, self.packed_parts(packed), strict=True)):
+            codes, found = part.format.unpack(own)
             pieces.append(codes.float())
             grid |= {f"{i}.{name}": tensor for name, tensor in found.items()}
         return self._joined(pieces, grid), grid
+
+    def places(self, packed: Packed) -> list[Tensor]:
+        """Which slices each part holds, `... x slices of the part`."""
+        slices = packed.shape[self.dim] // self.size
+        counts, largest = self._counts(slices), self._largest(slices)
+        stored = packed.tensors["places"].long()
+        inside = torch.ones(*stored.shape[:-1], slices, dtype=torch.bool, device=stored.device)
+        rest = inside.scatter(-1, stored, False).nonzero()[:, -1]
+        pieces = list(stored.split([n for i, n in enumerate(counts) if i != largest], -1))
+        pieces.insert(largest, rest.view(*stored.shape[:-1], counts[largest]))
+        return pieces
+
+    def packed_parts(self, packed: Packed) -> list[Packed]:
+        """Each part as a packed tensor of its own format, without copying."""
+        return [
+            Packed(
+                part.format.name,
+                shape,
+                {n[2:]: t for n, t in packed.tensors.items() if n.startswith(f"{i}.")},
+            )
+            for i, (part, shape) in enumerate(self.part_shapes(packed.shape))
+        ]
 
     def _known(
         self, statistics: SiteStatistics, weight: Tensor, grid: Grid, part: int
@@ -156,7 +169,8 @@ class Mixture(ScalarFormat):
         ends = list(accumulate(self._counts(slices)))
         return list(zip([0, *ends], ends, strict=False))
 
-    def _shapes(self, shape: tuple[int, ...]) -> Iterator[tuple[Part, tuple[int, ...]]]:
+    def part_shapes(self, shape: tuple[int, ...]) -> Iterator[tuple[Part, tuple[int, ...]]]:
+        """Each part and the shape of what it holds."""
         for part, count in zip(self.parts, self._counts(shape[self.dim] // self.size), strict=True):
             inside = list(shape)
             inside[self.dim] = count * self.size

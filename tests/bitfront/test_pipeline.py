@@ -10,17 +10,20 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from bitfront.config import JobConfig, load_config
+from bitfront.exporting import export_point
 from bitfront.fronts import Constraints, best_point, load_front
 from bitfront.pipeline import run_search
 from bitfront.plan import make_plan
 from bitfront.progress import Silent
 from quantization.errors import BankError, BitfrontError, MeasurementError, UnknownNameError
+from quantization.imatrix import write_imatrix
 from search.errors import InfeasibleBudgetError
 from search.exact import solve
 from store.database import Store
-from store.queries import candidates_of, find_job, update_job
+from store.queries import candidates_of, find_job, key_of, update_job
 from store.tables import Measurement, SensitivityShare
 from workers.pool import InProcessPool, Outcome
 
@@ -273,7 +276,7 @@ def test_a_killed_driver_goes_on_from_where_it_was(tiny_folders, tmp_path):
         ({"menu": "int4-g46"}, UnknownNameError, r"unknown format 'int4-g46'; nearest: .*int4-g64"),
         ({"menu": "int4-g32/int9"}, UnknownNameError, "unknown activation format"),
         ({"estimators": ["fischer"]}, UnknownNameError, "nearest: fisher"),
-        ({"quantizer": "gptx"}, UnknownNameError, "known: rtn"),
+        ({"quantizer": "gptx"}, UnknownNameError, "nearest: gptq"),
         ({"budgets": [1.0]}, InfeasibleBudgetError, r"the smallest has .* \(2.5 bits on average"),
         ({"budgets_bytes": [1000]}, InfeasibleBudgetError, "no map fits into 1,000 weight bytes"),
         ({"dtype": "float17"}, MeasurementError, "unknown arithmetic type"),
@@ -307,6 +310,46 @@ def test_the_smallest_budget_that_is_possible_is_possible(tiny_folders):
         solve(problem, {"weight_bytes": limit - 1})
 
 
+@pytest.mark.parametrize("transform", ["awq", "smoothquant"])
+def test_a_transformed_job_is_a_job_of_its_own(done, transform, tmp_path):
+    """It measures the folded model against itself, which is the original up to rounding."""
+    store, job, plain = done
+    folded = make_plan(
+        plain.config.model_copy(update={"transform": transform, "quantizer": "gptq"})
+    )
+    same_but_for_it = make_plan(folded.config.model_copy(update={"transform": None}))
+    assert folded.key != same_but_for_it.key
+    assert folded.statistics != same_but_for_it.statistics
+    assert folded.layout == plain.layout
+    number = run_search(folded, store, InProcessPool, Silent())
+    front, before = (load_front(store, find_job(store, n)) for n in (number, job))
+    assert front.points
+    assert front.reference_perplexity == pytest.approx(before.reference_perplexity, rel=1e-4)
+    assert front.job.facts["transform"].startswith(transform)
+    point = front.points[0].id
+    written = export_point(store, front, point, "safetensors", tmp_path / "export", force=False)
+    assert written["reloaded_kl"] == pytest.approx(written["measured_kl"], rel=0.01)
+    exported = json.loads((tmp_path / "export" / "precision_map.json").read_text())
+    assert exported["provenance"]["transform"] == front.job.facts["transform"]
+
+
+def test_without_a_transform_keys_are_what_they_were(done):
+    """The field came later: it must not orphan what stores hold."""
+    _, _, plan = done
+    config = plan.config.model_dump(mode="json", exclude={"transform", "imatrix", "bank"})
+    named = {"model", "revision", "texts", "dtype"}
+    old = json.dumps({k: v for k, v in config.items() if k not in named}, separators=(",", ":"))
+    texts = [f"{role}:{text.hash}" for role, text in sorted(plan.texts.items())]
+    assert plan.key == key_of(plan.checkpoint.weights_hash, old, plan.dtype, *texts)
+
+
+def test_transforms_are_tuned_to_the_middle_format(tiny_folders):
+    plan = make_plan(small_config(tiny_folders("llama"), transform="awq"))
+    assert plan.folding.format == "int4-g32"  # of int2, int4, int8; the pinned bf16 isn't one
+    with pytest.raises(UnknownNameError, match="unknown transform 'awk'; nearest: awq"):
+        make_plan(small_config(tiny_folders("llama"), transform="awk"))
+
+
 def test_queries_answer_by_constraint(done):
     store, job, _ = done
     front = load_front(store, find_job(store, job))
@@ -329,3 +372,59 @@ def _measured(store) -> int:
 def _stamps(store):
     with store.session() as session:
         return {m.key: m.measured_at for m in session.query(Measurement)}
+
+
+def test_packed_banks_measure_the_same(done, tiny_folders):
+    """Formats without a CPU kernel are multiplied by the reference: the same to the last bit."""
+    store, job, plain = done
+    packed = make_plan(small_config(tiny_folders("llama"), bank="packed"))
+    assert packed.packed
+    assert not plain.packed
+    assert packed.key != plain.key
+    number = run_search(packed, store, InProcessPool, Silent())
+    values, bytes_ = (load_front(store, find_job(store, n)) for n in (job, number))
+    found = {p.map_hash: p.kl for p in bytes_.points}
+    shared = [p for p in values.points if p.map_hash in found]
+    assert len(shared) >= 3
+    for point in shared:
+        assert found[point.map_hash] == pytest.approx(point.kl, rel=1e-3)
+
+
+def test_a_job_calibrates_quantizers_and_formats_that_need_it(store, tiny_folders):
+    """GPTQ, Fisher-weighted tables and a mixture in one menu, on packed experts as well."""
+    menu = "int3-g32,squeezellm3,mixllm-int4-g64-asym@20%,int8-channel"
+    for family in ("llama", "gpt_oss"):
+        config = small_config(tiny_folders(family), menu=menu, quantizer="gptq", random_controls=0)
+        plan = make_plan(config)
+        assert plan.quantizer == f"gptq@{plan.statistics[:16]}"
+        front = load_front(store, find_job(store, run_search(plan, store, InProcessPool, Silent())))
+        assert len([p for p in front.points if p.control == "uniform"]) >= 3
+
+
+def test_an_imatrix_stands_in_for_calibration(store, tiny_folders, tmp_path):
+    plan = make_plan(small_config(tiny_folders("llama")))
+    ones = {
+        site.parameter: torch.rand(site.shape[-1], generator=torch.Generator().manual_seed(0))
+        for unit in plan.layout.units
+        if unit.layer is not None
+        for site in unit.stored
+    }
+    write_imatrix(tmp_path / "imatrix.gguf", ones, plan.layout, "llama", "test", 1, 8)
+    config = small_config(
+        tiny_folders("llama"), menu="int2-g32,int4-g32", quantizer="rtn-weighted",
+        imatrix=str(tmp_path / "imatrix.gguf"),
+    )  # fmt: skip
+    imported = make_plan(config)
+    calibrated = make_plan(config.model_copy(update={"imatrix": None}))
+    assert imported.quantizer != calibrated.quantizer
+    assert imported.key != calibrated.key
+    job = run_search(imported, store, InProcessPool, Silent())
+    assert load_front(store, find_job(store, job)).points
+    with pytest.raises(BitfrontError, match="leave one of them out"):
+        make_plan(config.model_copy(update={"transform": "awq"}))
+
+
+def test_a_menu_larger_than_the_memory_is_kept_packed(tiny_folders, monkeypatch):
+    monkeypatch.setattr("bitfront.plan.memory_bytes", lambda: 10_000)
+    assert make_plan(small_config(tiny_folders("llama"))).packed
+    assert not make_plan(small_config(tiny_folders("llama"), bank="values")).packed

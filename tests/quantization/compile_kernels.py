@@ -1,16 +1,17 @@
-"""Compile the Triton kernels for a compute capability, without a GPU: `compile_kernels.py 90`."""
+"""Compile the Triton kernels for compute capabilities, without a GPU: `compile_kernels.py 80 90`."""
 
+import itertools
 import sys
 
 import torch
+from triton import compiler
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 
 from quantization.formats import FORMATS
 from quantization.kernels import triton_decode, triton_prefill
 from quantization.kernels.recipe import operands, recipe
 
-NAMES = ("int4-g64", "int3-g32-asym", "nvfp4", "squeezellm4", "dialectfp4-b32")
+NAMES = ("int4-g64", "int3-g32-asym", "squeezellm4", "dialectfp4-b32")
 TYPES = {
     torch.uint8: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
 }  # fmt: skip
@@ -28,13 +29,12 @@ def compiled(kernel, name, capability, **constants):
         n: "constexpr" if n in constants else pointers.get(n, "i32") for n in function.arg_names
     }
     places = {(function.arg_names.index(n),): value for n, value in constants.items()}
-    source = ASTSource(function, signature, places)
-    return compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 4}).asm["ptx"]
+    source = compiler.ASTSource(function, signature, places)
+    return compiler.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": 4}).asm["ptx"]
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    for name in NAMES:
+    for capability, name in itertools.product(map(int, sys.argv[1:]), NAMES):
         words, codes = triton_decode.chunk(recipe(FORMATS[name]).bits)
         assembly = compiled(
             triton_decode.decode, name, capability,

@@ -6,14 +6,17 @@ import os
 import pytest
 import torch
 
+from evaluation.assembly import AssembledModel
 from quantization import bank as bank_module
 from quantization.adapter import describe
 from quantization.bank import Bank
 from quantization.checkpoints import load_model
 from quantization.errors import BankError, QuantizationError
 from quantization.formats import FORMATS
+from quantization.kernels.packed_weight import PackedWeight
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
+from quantization.statistics import Statistics
 from tests.conftest import MENU, choices_of
 
 RTN = QUANTIZERS["rtn"]
@@ -32,6 +35,65 @@ def test_entries_are_what_the_quantizer_gives(make_bank, family):
                 expected = RTN.quantize(weight, FORMATS[scheme.weight]).dequantize()
                 found = bank.tensors(unit, scheme)[site.parameter]
                 assert torch.equal(found.mT if site.transposed else found, expected)
+
+
+def test_statistics_are_asked_for_read_and_named(make_bank, tmp_path, monkeypatch):
+    """Only for entries that need them; another text makes another entry."""
+    monkeypatch.setenv("BITFRONT_CACHE", str(tmp_path))
+    source = make_bank("llama")
+    choices = choices_of(source.layout, [Scheme("int3-g32"), Scheme("squeezellm3")])
+
+    def bank(quantizer, text):
+        known = Statistics(text)
+        return Bank(
+            source.checkpoint, source.layout, QUANTIZERS[quantizer], torch.float32, tmp_path, known
+        )
+
+    plain, gptq, other = bank("rtn", "a"), bank("gptq", "a"), bank("gptq", "b")
+    inside = [s for u in source.layout.units if u.layer is not None for s in u.stored]
+    assert plain.wanted(choices) == {"fisher": inside}
+    assert gptq.wanted(choices) == {"fisher": inside, "second-moment": inside}
+    assert set(gptq.missing(choices)) & set(other.missing(choices)) == {
+        path for path in gptq.missing(choices) if "@" not in path.name
+    }
+    for site in inside:
+        moment = torch.eye(site.shape[-1]) + torch.rand(site.shape[-1], 1)
+        moment = moment @ moment.T
+        gptq.statistics.save(site, "second-moment", {"second_moment": moment})
+    assert gptq.wanted(choices) == {"fisher": inside}
+    gptq.build(choices)
+    plain.build(choices)
+    unit = next(u for u in source.layout.units if u.layer is not None)
+    name, scheme = unit.stored[0].parameter, Scheme("int3-g32")
+    assert not torch.equal(gptq.tensors(unit, scheme)[name], plain.tensors(unit, scheme)[name])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_a_packed_bank_holds_exactly_the_formats_bytes_and_the_same_values(
+    make_bank, tmp_path, family
+):
+    values = make_bank(family)
+    packed = Bank(values.checkpoint, values.layout, RTN, torch.float32, tmp_path, packed=True)
+    choices = choices_of(values.layout)
+    packed.build(choices)
+    for unit in values.layout.units:
+        for scheme in MENU if unit.layer is not None else []:
+            found, expected = packed.tensors(unit, scheme), values.tensors(unit, scheme)
+            for site in unit.stored:
+                weight = found[site.parameter]
+                assert isinstance(weight, PackedWeight)
+                assert weight.packed_bytes == FORMATS[scheme.weight].nbytes(site.shape)
+                assert torch.equal(weight.dequantize(), expected[site.parameter])
+    models = [AssembledModel(bank, torch.device("cpu")) for bank in (values, packed)]
+    ids = torch.arange(2, 40)[None]
+    for scheme in (*MENU, None):
+        logits = []
+        for model in models:
+            rows = None if scheme is None else [scheme if len(r) > 1 else r[0] for r in choices]
+            model.assign(rows)
+            with torch.inference_mode():
+                logits.append(model.module(ids).logits)
+        assert torch.allclose(*logits, rtol=1e-3, atol=1e-4)
 
 
 def test_a_second_build_loads_and_quantizes_nothing(make_bank, monkeypatch):

@@ -33,7 +33,12 @@ from quantization.kernels.triton_split import parts_for
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# weight and result are rounded once each, half an eps; Triton's interpreter truncates to bfloat16.
+# In float32 the order of sums counts, and that zero points are taken out of them.
+SLACK = {torch.float16: 1, torch.bfloat16: 1 if torch.cuda.is_available() else 2, torch.float32: 32}
 DECODE, PREFILL = KERNELS["cuda"]
+# llama.cpp searches codebooks for these, seconds each, and wants an importance matrix
+QUICK = [n for n in FORMATS if not n.startswith(("gguf-iq1", "gguf-iq2"))]
 WITH_RECIPE = [name for name in FORMATS if recipe(FORMATS[name])]
 ELEMENTS = [
     *(f"int{bits}-g16-asym" for bits in (2, 3, 4, 5, 6, 8)),
@@ -80,13 +85,10 @@ def poisoned(tensor, shift=0):
 def with_poisoned_padding(packed, shift):
     """Bits behind a row's last code set, and every tensor between poison."""
     tensors = {name: poisoned(tensor, shift) for name, tensor in packed.tensors.items()}
-    unused = 8 * tensors["codes"].shape[-1] - packed.shape[-1] * FORMATS_BITS(packed.format)
+    bits = recipe(FORMATS[packed.format]).bits
+    unused = 8 * tensors["codes"].shape[-1] - packed.shape[-1] * bits
     tensors["codes"][..., -1] |= 256 - 2 ** (8 - unused)
     return Packed(packed.format, packed.shape, tensors)
-
-
-def FORMATS_BITS(name):
-    return recipe(FORMATS[name]).bits
 
 
 def assert_close(result, x, packed, bias, slack):
@@ -105,12 +107,11 @@ def check(kernel, name, shape, batch, dtype, seed, shift=0):
     result = kernel.run(x, with_poisoned_padding(packed, shift), bias)
     assert (result.shape, result.dtype) == ((batch, shape[0]), dtype)
     cpu = None if bias is None else bias.cpu()
-    # float32 sums in another order, and with a zero point taken out of them
-    assert_close(result.cpu(), x.cpu(), packed, cpu, 1 if dtype != torch.float32 else 32)
+    assert_close(result.cpu(), x.cpu(), packed, cpu, SLACK[dtype])
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(list(FORMATS)), shapes, st.sampled_from(DTYPES), seeds)
+@given(st.sampled_from(QUICK), shapes, st.sampled_from(DTYPES), seeds)
 def test_the_reference_is_the_dequantized_model_bit_for_bit(name, shape, dtype, seed):
     assume(FORMATS[name].refusal(shape) is None)
     packed, x = pack(name, shape, seed), random((2, 3, shape[1]), seed, dtype)
@@ -127,9 +128,7 @@ def test_the_operator_is_one_that_torch_can_trace(name):
     parts = [packed.tensors[n] for n in names]
     arguments = (x, parts, names, name, [16, 64], random((16,)))
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.bitfront.packed_linear.default, arguments, test_utils=utilities
-    )
+    torch.library.opcheck(torch.ops.bitfront.packed_linear.default, arguments, test_utils=utilities)
 
 
 def test_an_empty_batch_gives_an_empty_result():
@@ -158,6 +157,17 @@ def test_triton_agrees_for_any_shape_and_batch(name, shape, batch, dtype, odd, s
 def test_prefill_multiplies_the_references_weights_bit_for_bit(name):
     """The product with the identity in float32 is the weight itself."""
     packed = pack(name, (8, 64))
+    values = PREFILL.run(torch.eye(64, device=DEVICE), with_poisoned_padding(packed, 0), None)
+    assert torch.equal(values.cpu().T, dequantized(packed))
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "int3-g32-e8m0"])
+@pytest.mark.parametrize("exponent", [0, 1, 250])
+def test_powers_of_two_reach_from_subnormal_to_huge(name, exponent):
+    packed = pack(name, (8, 64))
+    packed.tensors["scales"].fill_(exponent)
+    packed.tensors["codes"].zero_()
+    packed.tensors["codes"][:, ::3] = 1  # codes 0 and 1: finite under any scale
     values = PREFILL.run(torch.eye(64, device=DEVICE), with_poisoned_padding(packed, 0), None)
     assert torch.equal(values.cpu().T, dequantized(packed))
 
@@ -251,16 +261,13 @@ def test_repacked_weights_are_counted_and_freed_with_theirs(name, codes):
     assert len(torch_cpu._repacked) == kept - 1
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_triton_kernels_compile_for_the_gpus_that_they_name(capability, tmp_path):
+def test_triton_kernels_compile_for_the_gpus_that_they_name(tmp_path):
     """Without a GPU; and a decoding thread loads each word of its codes once."""
     pytest.importorskip("triton")
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path),
-    }  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(capability)],
+        [sys.executable, "-W", "ignore", str(script), "80", "90"],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -118,9 +118,11 @@ def test_slim_gives_as_many_groups_a_bit_as_it_takes_from(weight, known):
 def test_fgmp_has_its_share_of_fp8_blocks(weight, known):
     q = RTN.quantize(weight, FORMATS["fgmp@30%"], known)
     assert q.grid["mask"].sum() == round(0.3 * weight.numel() / 16)
-    error = lambda n: (
-        (RTN.quantize(weight, FORMATS[n], known).dequantize() - weight) ** 2 * known.fisher
-    ).sum()  # noqa: E731
+
+    def error(name):
+        values = RTN.quantize(weight, FORMATS[name], known).dequantize()
+        return ((values - weight) ** 2 * known.fisher).sum()
+
     assert error("nvfp4") > error("fgmp@10%") > error("fgmp@50%") > error("fgmp@90%")
 
 

@@ -36,7 +36,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # weight and result are rounded once each, half an eps; Triton's interpreter truncates to bfloat16.
 # In float32 the order of sums counts, and that zero points are taken out of them.
 SLACK = {torch.float16: 1, torch.bfloat16: 1 if torch.cuda.is_available() else 2, torch.float32: 32}
-DECODE, PREFILL = KERNELS["cuda"]
+DECODE, PREFILL, _ = KERNELS["cuda"]
 # llama.cpp searches codebooks for these, seconds each, and wants an importance matrix
 QUICK = [n for n in FORMATS if not n.startswith(("gguf-iq1", "gguf-iq2"))]
 WITH_RECIPE = [name for name in FORMATS if recipe(FORMATS[name])]

@@ -96,7 +96,8 @@ def test_formats_have_the_pinned_form(run):
     }
     assert entries["int4-g64"] == {
         "name": "int4-g64", "family": "integer", "bits_per_weight": 4.25,
-        "nbytes": 64 * 576 * 4.25 / 8, "applies": True,
+        "nbytes": 64 * 576 * 4.25 / 8, "applies": True, "refusal": None, "stored_as": None,
+        "kernels": ["cuda sm80+", "cpu"], "needs": [],
     }  # fmt: skip
 
 

@@ -204,7 +204,11 @@ def test_asking_for_devices_imports_no_triton():
     subprocess.run([sys.executable, "-c", ask], check=True)
 
 
-cpu_names = [n for n in FORMATS if any(k.supports(FORMATS[n]) for k in KERNELS["cpu"])]
+cpu_names = [
+    n
+    for n in FORMATS
+    if FORMATS[n].family == "integer" and any(k.supports(FORMATS[n]) for k in KERNELS["cpu"])
+]
 
 
 @settings(deadline=None, max_examples=80)

@@ -121,8 +121,9 @@ def test_shared_heads_share_their_scales(outliers):
     assert torch.equal(fold.pooled(columns), torch.arange(32.0).expand(2, 32))
 
 
-@pytest.mark.parametrize("format", [FORMAT, "atom-int3-g64@6%"])  # the second reads statistics
-def test_awq_errs_less_than_round_to_nearest(format, outliers):
+@pytest.mark.parametrize(("format", "share"), [(FORMAT, 0.8), ("atom-int3-g64@6%", 0.97)])
+def test_awq_errs_less_than_round_to_nearest(format, share, outliers):
+    """Atom keeps the columns of loud inputs in eight bits, which leaves AWQ little to do."""
     original, layout, statistics = outliers
     model = load_model(original, torch.float32)
     parameters = dict(model.named_parameters())
@@ -135,7 +136,7 @@ def test_awq_errs_less_than_round_to_nearest(format, outliers):
         errors = [fold_error(fold, s, weights, known, FORMATS[format]) for s in (scale, ones)]
         assert errors[0] <= errors[1]
         totals += errors
-    assert totals[0] < 0.8 * totals[1]
+    assert totals[0] < share * totals[1]
 
 
 def test_smoothquant_is_its_equation(outliers):

@@ -1,10 +1,10 @@
 """What each quantizer makes of the demo model: KL and perplexity on a text, and seconds.
 
 Each quantizer puts all linears into each format; embedding and head stay. The statistics come from
-Python's manual, so a text of another kind is honest. Seconds are of quantizing alone, all sites of
-the model; `--repeat-rtn` times round-to-nearest over a list of formats beside one GPTQ a format.
+another text than the figures. Seconds are of quantizing alone, all linears of the model:
+round-to-nearest beside GPTQ, format by format.
 
-    python benchmarks/quantizers.py TEXT [--chunks 32] [--quantizers rtn,gptq] [--formats ...]
+    python benchmarks/quantizers.py TEXT [--calibration TEXT] [--quantizers rtn,gptq] [--formats ...]
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ TWELVE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text")
+    parser.add_argument("--calibration", default="python-docs")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--quantizers", default="rtn,rtn-mse,rtn-weighted,gptq")
     parser.add_argument("--formats", default="int4-g64,int3-g64")
@@ -42,20 +45,26 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     formats = arguments.formats.split(",")
     result: dict[str, object] = {"quality": []}
-    for quantizer in arguments.quantizers.split(","):
-        for row in quality(quantizer, formats, arguments.text, arguments.chunks):
+    texts = (arguments.text, arguments.calibration)
+    for quantizer in filter(None, arguments.quantizers.split(",")):
+        for row in quality(quantizer, formats, *texts, arguments.chunks):
             print(json.dumps(row), flush=True)
             result["quality"].append(row)  # type: ignore[attr-defined]
     if arguments.time:
         result["seconds"] = seconds(arguments.time.split(","))
         print(json.dumps(result["seconds"]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def quality(quantizer: str, formats: list[str], text: str, chunks: int) -> Iterator[dict]:
+def quality(
+    quantizer: str, formats: list[str], text: str, calibration: str, chunks: int
+) -> Iterator[dict]:
     """KL in nats a token and perplexity of uniform maps."""
     overrides = {
         "menu": ",".join([*formats, "bf16"]),
         "quantizer": quantizer,
+        "texts.calibration.source": calibration,
         "texts.calibration.chunks": 32,
         "texts.calibration.length": 512,
         "texts.heldout.source": text,

@@ -5,6 +5,7 @@ meaning: kernels need nothing else. Encoding rounds to nearest, ties to even whe
 specification says so, and saturates.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,7 +148,7 @@ class MiniFloat(Element):
     @property
     def emax(self) -> int:  # type: ignore[override]
         """Of the largest value."""
-        return int(torch.tensor(self.largest).log2().floor())
+        return math.frexp(self.largest)[1] - 1
 
     @cached_property
     def levels(self) -> Tensor:
@@ -190,7 +191,7 @@ class Lookup(Element):
         """The largest magnitude."""
         return max(map(abs, self.values))
 
-    @property
+    @cached_property
     def levels(self) -> Tensor:
         """See `Element.levels`."""
         return torch.tensor(self.values)

@@ -75,10 +75,14 @@ class Session:
         lock = cache_dir() / "banks" / "building.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # one worker of a node builds, the others wait
-            self._fold()
-            self._calibrate()
-            self._bank.build(self._choices)
+            fcntl.flock(handle, fcntl.LOCK_EX)  # one worker of a node builds, the others wait,
+            torch.set_num_threads(os.cpu_count() or 1)  # so that their cores are free
+            try:
+                self._fold()
+                self._calibrate()
+                self._bank.build(self._choices)
+            finally:
+                torch.set_num_threads(self._spec.threads)
         return_memory()
         return time.perf_counter() - start
 

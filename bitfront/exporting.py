@@ -110,7 +110,7 @@ def _with_model(store: Store, front: Front, point: Point, precision_map: Precisi
     """Rebuild the candidate from the bank, and find the chunks that it was measured on."""
     from bitfront.config import JobConfig
     from bitfront.pipeline import spec_of
-    from bitfront.plan import make_plan
+    from bitfront.plan import PACKED, make_plan
     from workers.session import Session
 
     config = JobConfig.model_validate(front.job.config)
@@ -121,6 +121,11 @@ def _with_model(store: Store, front: Front, point: Point, precision_map: Precisi
         raise ExportError(
             f"the model at '{plan.checkpoint.name}' has changed since job {front.job.id}; "
             "search again"
+        )
+    if plan.quantizer.removesuffix(PACKED) != front.job.facts["quantizer"].removesuffix(PACKED):
+        raise ExportError(
+            f"quantizer or calibration have changed since job {front.job.id}: it measured "
+            f"{front.job.facts['quantizer']}, and this would be {plan.quantizer}; search again"
         )
     spec = replace(spec_of(plan, None), threads=os.cpu_count() or 1, packed=False)
     session = Session(spec)

@@ -34,6 +34,7 @@ from sensitivity import ESTIMATORS, menu
 from store.queries import key_of
 
 MEMORY_SHARE = 0.5
+PACKED = ", packed"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Plan:
         name = quantizer.identity
         if any(needs(quantizer, FORMATS[scheme.weight]) for scheme in self.menu):
             name += f"@{self.statistics[:16]}{self.imatrix.identity[:16] if self.imatrix else ''}"
-        return f"{name}, packed" if self.packed else name  # kernels add up in another order
+        return f"{name}{PACKED}" if self.packed else name  # kernels add up in another order
 
     @property
     def key(self) -> str:

@@ -80,12 +80,12 @@ def _second_moments(
     for site in sites:
         experts = site.shape[0] if len(site.shape) == 3 else 1
         means = [
-            moments.sums[site.name, e] / moments.tokens[site.name, e]
+            moments.sums[site.name, e].cpu() / moments.tokens[site.name, e]
             if (site.name, e) in moments.sums
             else torch.zeros(site.shape[-1], site.shape[-1])  # no token came here
             for e in range(experts)
         ]
-        second = torch.stack(means).cpu() if len(site.shape) == 3 else means[0].cpu()
+        second = torch.stack(means) if len(site.shape) == 3 else means[0]
         importance = second.diagonal(dim1=-2, dim2=-1).contiguous()
         tensors = {"second_moment": second, "importance": importance}
         statistics.save(site, "second-moment", tensors)

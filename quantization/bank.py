@@ -124,13 +124,15 @@ class Bank:
         """The unit's parameters as `scheme` stores them, without copying; stays mapped."""
         return self._read(self._path(unit, scheme))
 
-    def borrow(self, unit: Unit, scheme: Scheme) -> Tensors:
-        """The same for one look: unmapped with its last tensor.
+    def borrow(self, unit: Unit, scheme: Scheme, parameter: str) -> Tensor:
+        """One of them for one look: unmapped with its last tensor, and never packed.
 
         A pass over all schemes would otherwise hold the whole bank in memory.
         """
         path = self._path(unit, scheme)
-        return self._maps[path] if path in self._maps else _map(path, self.dtype)
+        tensors = self._maps[path] if path in self._maps else _map(path, self.dtype)
+        tensor = tensors[parameter]
+        return tensor.dequantize() if isinstance(tensor, PackedWeight) else tensor
 
     def reference(self, unit: Unit) -> Tensors:
         """The unit's unquantized parameters."""

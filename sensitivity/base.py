@@ -125,5 +125,5 @@ def add_scores(
 
 def site_error(bank: Bank, unit: Unit, scheme: Scheme, site: Site) -> Tensor:
     """DW of a site in float32, as the model stores it: what ships less the reference."""
-    shipped = bank.borrow(unit, scheme)[site.parameter].float()
+    shipped = bank.borrow(unit, scheme, site.parameter).float()
     return shipped - bank.reference(unit)[site.parameter].float()

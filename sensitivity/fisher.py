@@ -85,7 +85,7 @@ def _contract(
     name = unit.stored[s].parameter
     gradient, parameter.grad = parameter.grad.flatten(), None
     reference = bank.reference(unit)[name].flatten()
-    shipped = {scheme: bank.borrow(unit, scheme)[name].flatten() for scheme in choices[u]}
+    shipped = {scheme: bank.borrow(unit, scheme, name).flatten() for scheme in choices[u]}
     scores = dict.fromkeys(choices[u], 0.0)
     for start in range(0, len(gradient), BLOCK):
         part = slice(start, start + BLOCK)

@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from quantization.errors import QuantizationError
 from quantization.formats.base import Fit, Grid, Packed, ScalarFormat
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
 
@@ -65,7 +66,12 @@ class DenseAndSparse(ScalarFormat):
             none = torch.zeros_like(places, dtype=fisher.dtype)
             fisher = fisher.flatten(-2).scatter(-1, places, none).view(weight.shape)
         grid = fit(rest, self.dense, replace(statistics, fisher=fisher))
-        kept = flat.gather(-1, places).clamp(-65504, 65504).half()
+        kept = flat.gather(-1, places).half()
+        if not kept.isfinite().all():
+            raise QuantizationError(
+                f"outliers reach {flat.abs().max().item():.3g}, above float16's 65504; "
+                "keep this layer in bf16"
+            )
         return {**grid, "outlier_places": places, "outlier_values": kept}
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:

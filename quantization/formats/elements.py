@@ -45,8 +45,11 @@ class Element(ABC):
         table = self.levels.to(codes.device)
         return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
-    def reach(self, groups: Tensor) -> Tensor:
-        """What of each group (... x size) maps to `largest`: its absolute maximum."""
+    def reach(self, groups: Tensor, counts: Tensor) -> Tensor:
+        """What of each group (... x size) maps to `largest`: its absolute maximum.
+
+        `counts` says how many of a group's values are weights; zeros pad the others.
+        """
         return groups.abs().amax(-1)
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -227,9 +230,9 @@ class Ternary(Element):
         """Arithmetic: faster than the table."""
         return codes.to(torch.float32) - 1
 
-    def reach(self, groups: Tensor) -> Tensor:
+    def reach(self, groups: Tensor, counts: Tensor) -> Tensor:
         """The mean magnitude."""
-        return groups.abs().mean(-1)
+        return groups.abs().sum(-1) / counts
 
     def pack(self, codes: Tensor) -> Tensor:
         """Five codes a byte."""
@@ -244,6 +247,8 @@ class Ternary(Element):
         return (columns + 4) // 5
 
 
+UNIT = Lookup("unit", (-1.0, 1.0))
+"""Stands for an element where what is stored are the scales themselves."""
 E4M3 = MiniFloat(4, 3, 448.0)
 E5M2 = MiniFloat(5, 2, 57344.0)
 E3M2 = MiniFloat(3, 2, 28.0)

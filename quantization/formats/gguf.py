@@ -183,7 +183,7 @@ class GGUFFormat(Format):
             dequantize(source[part].data_ptr(), block.data_ptr(), block.numel())
 
         _each_part(target.shape, read)
-        return values
+        return values.to(codes.device)
 
     def pack(self, codes: Tensor, grid: Grid) -> Packed:
         """The codes are the bytes."""

@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from quantization.errors import QuantizationError
 from quantization.formats.base import Grid, Packed, ScalarFormat
 from quantization.packing import pack_bits, packed_bytes, unpack_bits
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
@@ -49,8 +50,12 @@ class RowTables(ScalarFormat):
             weighted_kmeans(rows[i : i + ROWS_A_STEP], loss[i : i + ROWS_A_STEP], 2**self.bits)
             for i in range(0, len(rows), ROWS_A_STEP)
         ]
-        limit = torch.finfo(torch.float16).max
-        table = torch.cat(tables).clamp(-limit, limit).half()
+        table = torch.cat(tables).half()
+        if not table.isfinite().all():
+            raise QuantizationError(
+                f"weights reach {weight.abs().max().item():.3g}, above the 65504 that a float16 "
+                "table holds; keep this layer in bf16"
+            )
         return {"tables": table.view(*weight.shape[:-1], 2**self.bits)}
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:

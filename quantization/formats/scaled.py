@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantization.formats.base import Grid, Packed, ScalarFormat
-from quantization.formats.elements import Element
+from quantization.formats.elements import UNIT, Element
 from quantization.formats.scales import ScaleType
 from quantization.packing import pack_bits, packed_bytes, unpack_bits
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics
@@ -79,12 +79,11 @@ class Scaled(ScalarFormat):
         """
         blocks = self._blocks(weight)
         if not self.asymmetric:
-            return self.scale.store(self.element.reach(blocks) * shrink, self.element)
+            counts = self.block_sums(torch.ones(weight.shape[-2:], device=weight.device))
+            return self.scale.store(self.element.reach(blocks, counts) * shrink, self.element)
         low = blocks.amin(-1).clamp(max=0) * shrink
         high = blocks.amax(-1).clamp(min=0) * shrink
-        # the scale types divide by the symmetric largest; an asymmetric range has 2^b - 1 steps
-        steps = 2**self.element.bits - 1
-        grid = self.scale.store((high - low) / steps * self.element.largest, self.element)
+        grid = self.scale.store((high - low) / (2**self.element.bits - 1), UNIT)
         return self.with_zeros(grid, -low / self.scale.load(grid))
 
     def with_zeros(self, grid: Grid, zeros: Tensor) -> Grid:

@@ -66,12 +66,7 @@ class Rounded(ScaleType):
         """Round to nearest, at least the type's smallest number."""
         scales = reach / element.largest
         limits = torch.finfo(self.dtype)
-        highest = scales.max().item() if scales.numel() else 0.0
-        if highest > limits.max:
-            raise QuantizationError(
-                f"a group needs the scale {highest:.3g}, above {_name(self.dtype)}'s largest "
-                f"{limits.max:g}; keep this layer in bf16"
-            )
+        _check(scales, limits.max, str(self.dtype).removeprefix("torch."))
         smallest = limits.smallest_normal * limits.eps
         return {"scales": scales.clamp(min=smallest).to(self.dtype)}
 
@@ -105,6 +100,7 @@ class PowerOfTwo(ScaleType):
             scales = (reach / element.largest).clamp(min=2.0**-127)
             exponent = _floor_log2(scales)
             exponent += scales > torch.ldexp(torch.ones_like(scales), exponent)
+            _check(scales, 2.0**127, "E8M0")
         return {"scales": (exponent.clamp(-127, 127) + 127).to(torch.uint8)}
 
     def load(self, grid: Grid) -> Tensor:
@@ -128,6 +124,7 @@ class TensorScaled(ScaleType):
     def store(self, reach: Tensor, element: Element) -> Grid:
         """Tensor scale = max reach / (largest x 448), then the rest as E4M3."""
         scales = reach / element.largest
+        _check(scales, 2.0**120, "a float32 tensor scale")  # sums of products stay finite
         whole = scales.amax((-1, -2), keepdim=True) / E4M3.largest
         whole = whole.clamp(min=2.0**-120)
         inner = (scales / whole).clamp(2.0**-9, E4M3.largest).to(torch.float8_e4m3fn)
@@ -167,11 +164,7 @@ class SecondLevel(ScaleType):
         )
         grouped = padded.unflatten(-1, (-1, self.group))
         low, high = grouped.amin(-1), grouped.amax(-1)
-        if high.numel() and high.max().item() > torch.finfo(torch.float16).max:
-            raise QuantizationError(
-                f"a group needs the scale {high.max().item():.3g}, above float16's largest; "
-                "keep this layer in bf16"
-            )
+        _check(high, torch.finfo(torch.float16).max, "float16")
         minima = low.clamp(min=2.0**-24).half()
         steps = ((high - minima.float()) / (2**self.bits - 1)).clamp(min=2.0**-24).half()
         codes = (grouped - minima.float()[..., None]) / steps.float()[..., None]
@@ -220,5 +213,10 @@ def _floor_log2(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) >> 23) & 0xFF) - 127
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _check(scales: Tensor, largest: float, holder: str) -> None:
+    highest = scales.max().item() if scales.numel() else 0.0
+    if not highest <= largest:
+        raise QuantizationError(
+            f"a group needs the scale {highest:.3g}, above the {largest:g} that {holder} holds; "
+            "keep this layer in bf16"
+        )

@@ -32,6 +32,11 @@ class AutoRound(Quantizer):
 
     needs: frozenset[Statistic] = frozenset({"second-moment"})
 
+    @property
+    def identity(self) -> str:
+        """See `Quantizer.identity`."""
+        return f"{self.name}(steps={self.steps})"
+
     def quantize(
         self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
     ) -> Quantized:

@@ -38,6 +38,12 @@ class GPTQ(Quantizer):
 
     needs: frozenset[Statistic] = frozenset({"second-moment"})
 
+    @property
+    def identity(self) -> str:
+        """See `Quantizer.identity`."""
+        order = "activation" if self.activation_order else "natural"
+        return f"{self.name}(damping={self.damping:g}, order={order})"
+
     def quantize(
         self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
     ) -> Quantized:

@@ -156,7 +156,8 @@ def test_normalfloat_is_the_paper_s_table():
     assert NF4.values[7] == 0
     assert NF4.values[15] == 1
     q = quantized("nf4-g64", torch.randn(4, 64, generator=torch.Generator().manual_seed(0)))
-    assert set((q.codes % 16).unique().tolist()) <= set(range(16))
+    assert q.codes.min() >= 0
+    assert q.codes.max() == 15
 
 
 def test_power_of_two_scales_never_cut_an_integer():

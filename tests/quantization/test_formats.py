@@ -92,6 +92,14 @@ def test_a_group_that_does_not_divide_leaves_a_shorter_one():
     assert FORMATS["int4-g128"].nbytes((1, 576)) == 576 // 2 + 5 * 2
 
 
+@pytest.mark.parametrize("name", ["ternary-g128", "int4-g128", "int3-g128-asym", "nf4-g128"])
+def test_a_shorter_last_group_is_quantized_as_if_alone(name):
+    weight = weights((8, 192))
+    whole = RTN.quantize(weight, FORMATS[name]).dequantize()
+    alone = RTN.quantize(weight[:, 128:].contiguous(), FORMATS[name]).dequantize()
+    assert torch.equal(whole[:, 128:], alone)
+
+
 def test_symmetric_codes_match_the_textbook():
     weight = torch.tensor([[-0.7, 0.1, 0.35, 0.7]])
     quantized = RTN.quantize(weight, FORMATS["int4-channel"])

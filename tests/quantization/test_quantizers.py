@@ -14,7 +14,7 @@ from quantization.statistics import SiteStatistics
 
 SCALAR = [
     "int2-g64", "int3-g64-asym", "int4-g128", "int4-g32-asym-fp8", "int4-g64-real", "int8-channel",
-    "int3-g16-asym-spqr", "ternary-g64", "fp4-e2m1-g32", "fp8-e4m3-b128", "mxfp4", "mxfp6", "nvfp4",
+    "int3-g16-asym-spqr", "ternary-g64", "int4-g64-e8m0", "int4-g64-asym-fp8", "fp4-e2m1-g32", "fp8-e4m3-b128", "mxfp4", "mxfp6", "nvfp4",
     "nf4-g64", "squeezellm3", "squeezellm4@0.45%", "dialectfp4-b32", "fgmp@30%",
     "owq-int3-g64@5%", "atom-int3-g64@12%", "slim-int3-g64@20%", "mixllm-int3-g64-asym@10%",
 ]  # fmt: skip
@@ -180,7 +180,7 @@ def test_autoround_rounds_each_weight_to_a_neighbour():
     format=st.sampled_from(["bf16", *SCALAR]),
     rows=st.integers(1, 4),
     columns=st.sampled_from([1, 7, 16, 64, 130]),
-    kind=st.sampled_from(["normal", "zero", "subnormal", "one", "tiny", "huge"]),
+    kind=st.sampled_from(["normal", "zero", "subnormal", "one", "tiny", "huge", "extreme"]),
     calibrated=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -192,7 +192,7 @@ def test_odd_weights_give_finite_values_or_a_clear_refusal(
     weight = torch.randn(rows, columns, generator=generator)
     weight = {
         "normal": weight, "zero": weight * 0, "subnormal": weight * 1e-41, "tiny": weight * 1e-12,
-        "one": torch.where(weight == weight.max(), weight, 0.0), "huge": weight * 1e9,
+        "one": torch.where(weight == weight.max(), weight, 0.0), "huge": weight * 1e9, "extreme": weight.clamp(-1, 1) * 3e38,
     }[kind]  # fmt: skip
     before = weight.clone()
     known = SiteStatistics()
@@ -204,7 +204,7 @@ def test_odd_weights_give_finite_values_or_a_clear_refusal(
     try:
         q = quantizer.quantize(weight, FORMATS[format], known)
     except QuantizationError as error:
-        assert kind == "huge"
+        assert kind in ("huge", "extreme")
         assert "keep this layer in bf16" in str(error)
         return
     assert torch.equal(weight, before)
@@ -221,6 +221,15 @@ def test_weights_that_are_no_numbers_are_refused_by_all(name, bad):
     weight[1, 3] = bad
     with pytest.raises(QuantizationError, match="1 of 128 weights"):
         QUANTIZERS[name].quantize(weight, FORMATS["int4-g32"])
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "other"),
+    [(GPTQ(), GPTQ(damping=0.5)), (GPTQ(), GPTQ(activation_order=False)),
+     (AutoRound(), AutoRound(steps=1))],
+)  # fmt: skip
+def test_settings_are_part_of_the_identity(quantizer, other):
+    assert quantizer.identity != other.identity
 
 
 def test_what_is_needed_is_said():

@@ -123,8 +123,11 @@ def _menu(name: str) -> dict[str, Any]:
         known.add(entry.name.removesuffix(".yaml"), None)
     if name in known:
         return _preset("menus", name)
-    if "," not in name and not re.match(r"[a-z]+\d", name):
-        known[name]  # neither formats nor a menu: say so, with the nearest menus
+    if "," not in name:
+        from quantization.formats import FORMATS  # torch
+
+        if re.split(r"[/@]", name)[0] not in (re.split(r"@", format)[0] for format in FORMATS):
+            known[name]  # neither a format nor a menu: say so, with the nearest menus
     schemes = [part.strip() for part in name.split(",") if part.strip()]
     return {"schemes": schemes, "pinned": {"embedding": "bf16", "head": "bf16"}}
 

@@ -157,7 +157,10 @@ def make_plan(config: JobConfig) -> Plan:
     choices = tuple(_choices(unit, schemes, pins) for unit in layout.units)
     _check_pins(config, layout)
     if not any(len(row) > 1 for row in choices):
-        raise ConfigError("the menu leaves nothing to decide: every unit is pinned to one scheme")
+        raise ConfigError(
+            f"the menu leaves nothing to decide: of {', '.join(s.name for s in schemes)} every "
+            "unit can get one scheme only; give two or more that apply, such as int4-g64,bf16"
+        )
     columns = tuple(menu(choices))
     requests = {
         role: TextRequest(text.source, text.chunks, text.length) for role, text in config.texts

@@ -1,7 +1,9 @@
 """Progress of a job on stderr: a bar a stage, and one over all with the time that is left."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from typing import Protocol, Self
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 Advance = Callable[[int], None]
+SECONDS_BETWEEN_LINES = 10
 
 
 class Progress(Protocol):
@@ -39,6 +42,47 @@ class Silent:
     def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
         """See `Progress.stage`."""
         yield lambda _: None
+
+
+class Lines:
+    """A line every ten seconds and one a finished stage, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._expected: dict[str, float] = {}
+        self._done, self._start, self._latest = 0.0, time.monotonic(), -inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        """See `Progress.expect`."""
+        self._expected = dict(work)
+
+    @contextmanager
+    def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
+        """See `Progress.stage`."""
+        self._expected[label] = steps * weight
+        done = 0
+        self._print(f"{label} …")
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self._done += count * weight
+            if time.monotonic() - self._latest >= SECONDS_BETWEEN_LINES or done >= steps:
+                self._print(f"{label} {done}/{steps}")
+
+        yield advance
+
+    def _print(self, text: str) -> None:
+        self._latest = time.monotonic()
+        share = self._done / max(sum(self._expected.values()), 1)
+        elapsed = self._latest - self._start
+        self._console.print(f"{elapsed:6.0f} s  {share:4.0%}  {text}", highlight=False)
 
 
 class RichProgress:

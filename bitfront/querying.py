@@ -107,7 +107,8 @@ def show_formats(pattern: str, shape: str, as_json: bool) -> None:
     chosen = [
         name
         for name in FORMATS
-        if fnmatch(name, pattern) or pattern in FORMATS[name].family.split("+")
+        if fnmatch(name, pattern)
+        or pattern in (FORMATS[name].family, *FORMATS[name].family.split("+"))
     ]
     if not chosen:
         FORMATS[pattern]  # says so, with the nearest names
@@ -132,7 +133,7 @@ def _format_entry(format: "Format", shape: tuple[int, int]) -> dict[str, Any]:
     from quantization.kernels import kernel_devices
 
     native = {"bf16": ["any device"], "gguf": ["llama.cpp"]}
-    kernels = native.get(format.name) or native.get(format.family) or kernel_devices(format)
+    kernels = native.get(format.name) or native.get(format.family) or kernel_devices(format, shape)
     refusal = format.refusal(shape)
     stored = None
     if isinstance(format, GGUFFormat) and not refusal:

@@ -12,7 +12,7 @@ from bitfront.console import errors, front_table, print_json, print_table
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
 from bitfront.plan import Plan, make_plan
-from bitfront.progress import RichProgress
+from bitfront.progress import Lines, RichProgress
 from bitfront.sizes import show_bytes
 from search.controls import uniform
 from store.database import Store
@@ -37,7 +37,7 @@ def run(config: JobConfig, store: Store, address: str, workers: int | None, as_j
     with errors.status("reading the model (a GGUF file is imported once, in half a minute)"):
         plan = make_plan(config)
     errors.print(_summary(plan), highlight=False)
-    with RichProgress(errors) as progress:
+    with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
         job_id = run_search(plan, store, open_pool, progress, os.environ.get("BITFRONT_CACHE"))
     front = load_front(store, find_job(store, job_id))
     if as_json:

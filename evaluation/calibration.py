@@ -77,7 +77,14 @@ def _second_moments(
     with torch.inference_mode(), Tap(model, sites, moments.add):
         for ids in chunks:
             forward(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False)
+    written: dict[int, Site] = {}
     for site in sites:
+        shared = moments.sums.get((site.name, 0))
+        if len(site.shape) == 2 and shared is not None:
+            first = written.setdefault(id(shared), site)
+            if first is not site:  # q, k and v: one file under three names
+                statistics.share(site, first, "second-moment")
+                continue
         experts = site.shape[0] if len(site.shape) == 3 else 1
         means = [
             moments.sums[site.name, e].cpu() / moments.tokens[site.name, e]

@@ -12,7 +12,7 @@ pointers.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from quantization.formats import FORMATS, Packed
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.quantizers import Quantized, Quantizer, needs
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.statistics import NOTHING_KNOWN, Statistic, Statistics
+from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic, Statistics
 from quantization.units import Layout, Site, Unit
 
 Choices = Sequence[Sequence[Scheme]]
@@ -39,6 +39,7 @@ Tensors = dict[str, Tensor]
 """Parameters by their name in the state dict."""
 
 REFERENCE = "reference"
+TOGETHER_BYTES = 2**27
 
 
 class Bank:
@@ -107,9 +108,9 @@ class Bank:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_space(choices)
             parameters = _parameters(load_model(self.checkpoint, torch.float32))
-            for unit, schemes in zip(self.layout.units, choices, strict=True):
-                self._build_unit(unit, schemes, parameters)
-                for site in unit.stored:
+            for units, schemes in _alike(self.layout, choices):
+                self._build_units(units, schemes, parameters)
+                for site in (site for unit in units for site in unit.stored):
                     del parameters[site.parameter]
             if not self._rest_path().exists():
                 rest = {name: _as(tensor, self.dtype) for name, tensor in parameters.items()}
@@ -142,32 +143,54 @@ class Bank:
         """All parameters and persistent buffers outside units."""
         return self._read(self._rest_path())
 
-    def _build_unit(self, unit: Unit, schemes: Sequence[Scheme], parameters: Tensors) -> None:
+    def _build_units(
+        self, units: Sequence[Unit], schemes: Sequence[Scheme], parameters: Tensors
+    ) -> None:
+        """The missing entries of units that have the same shapes."""
+        known: dict[tuple[str, frozenset[Statistic]], SiteStatistics] = {}
         wanted: list[Scheme | str] = [REFERENCE, *schemes]
         for scheme in wanted:
-            path = self._path(unit, scheme)
-            if not path.exists():
-                quantized = {
-                    site.parameter: self._quantized(parameters[site.parameter], site, scheme)
-                    for site in unit.stored
-                }
-                transposed = {site.parameter: site.transposed for site in unit.stored}
-                if self._is_packed(unit, scheme):
-                    self._write_packed(path, quantized, transposed)
-                else:
-                    values = {n: self._values(q, transposed[n]) for n, q in quantized.items()}
-                    self._write(path, values)
+            missing = [unit for unit in units if not self._path(unit, scheme).exists()]
+            columns = zip(*(unit.stored for unit in missing), strict=True)
+            quantized = [self._quantized(parameters, sites, scheme, known) for sites in columns]
+            for unit, row in zip(missing, zip(*quantized, strict=True), strict=True):
+                self._write_entry(unit, scheme, row)
 
-    def _quantized(self, weight: Tensor, site: Site, scheme: Scheme | str) -> Tensor | Quantized:
-        """A site under a scheme, rows x columns; the reference as the parameter itself."""
+    def _quantized(
+        self,
+        parameters: Tensors,
+        sites: Sequence[Site],
+        scheme: Scheme | str,
+        known: dict[tuple[str, frozenset[Statistic]], SiteStatistics],
+    ) -> Sequence[Tensor | Quantized]:
+        """Sites of one shape under a scheme, rows x columns; the reference as it is."""
+        weights = [parameters[site.parameter] for site in sites]
         if isinstance(scheme, str) or scheme.weight == self._exact_format():
-            return weight
-        weight = weight.mT if site.transposed else weight
-        known = self.statistics.of(site, self._needs(scheme)) if self.statistics else NOTHING_KNOWN
+            return weights
+        kinds = self._needs(scheme)
+        for site in sites:
+            if (site.parameter, kinds) not in known:
+                own = self.statistics.of(site, kinds) if self.statistics else NOTHING_KNOWN
+                known[site.parameter, kinds] = own
+        weights = [w.mT if s.transposed else w for w, s in zip(weights, sites, strict=True)]
+        statistics = [known[site.parameter, kinds] for site in sites]
         try:
-            return self.quantizer.quantize(weight, FORMATS[scheme.weight], known)
+            return self.quantizer.quantize_alike(weights, FORMATS[scheme.weight], statistics)
         except QuantizationError as error:
-            raise QuantizationError(f"{site.name} in {scheme.name}: {error}") from error
+            names = ", ".join(site.name for site in sites)
+            raise QuantizationError(f"{names} in {scheme.name}: {error}") from error
+
+    def _write_entry(
+        self, unit: Unit, scheme: Scheme | str, quantized: Sequence[Tensor | Quantized]
+    ) -> None:
+        path = self._path(unit, scheme)
+        named = {s.parameter: q for s, q in zip(unit.stored, quantized, strict=True)}
+        transposed = {site.parameter: site.transposed for site in unit.stored}
+        if self._is_packed(unit, scheme):
+            self._write_packed(path, named, transposed)
+        else:
+            values = {name: self._values(q, transposed[name]) for name, q in named.items()}
+            self._write(path, values)
 
     def _values(self, quantized: Tensor | Quantized, transposed: bool) -> Tensor:
         """What the model multiplies by, in the arithmetic type."""
@@ -246,6 +269,23 @@ class Bank:
         if path not in self._maps:
             self._maps[path] = _map(path, self.dtype)
         return self._maps[path]
+
+
+def _alike(layout: Layout, choices: Choices) -> Iterator[tuple[list[Unit], Sequence[Scheme]]]:
+    """Units of equal shapes and schemes, as many together as are small beside a model.
+
+    What is small counts weights and second moments, which are as wide as the weights.
+    """
+    alike: dict[tuple[object, ...], list[Unit]] = {}
+    schemes_of = dict(zip((unit.name for unit in layout.units), choices, strict=True))
+    for unit in layout.units:
+        shapes = tuple((site.shape, site.transposed) for site in unit.stored)
+        alike.setdefault((shapes, *schemes_of[unit.name]), []).append(unit)
+    for units in alike.values():
+        nbytes = 4 * sum(s.numel + s.numel // s.shape[-2] * s.shape[-1] for s in units[0].stored)
+        together = max(1, TOGETHER_BYTES // nbytes)
+        for start in range(0, len(units), together):
+            yield units[start : start + together], schemes_of[units[0].name]
 
 
 def _map(path: Path, dtype: torch.dtype) -> Tensors:

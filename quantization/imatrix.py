@@ -150,6 +150,10 @@ def _sites(layout: Layout) -> list[Site]:
 
 
 def _entries(path: Path) -> Entries:
+    if not path.is_file():
+        raise QuantizationError(
+            f"there is no file '{path}'; make one with llama-imatrix, or leave it out"
+        )
     try:
         with path.open("rb") as file:
             binary = file.read(4) != b"GGUF"

@@ -29,7 +29,9 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         """Return the entry; raises `UnknownNameError` with the nearest names."""
         if name not in self._entries:
-            near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.4)
+            lower = {entry.lower(): entry for entry in reversed(self._entries)}
+            near = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)
+            near = [lower[entry] for entry in near]
             choices = near or list(self._entries)[:8]
             hint = "nearest" if near else "known"
             raise UnknownNameError(f"unknown {self.kind} '{name}'; {hint}: {', '.join(choices)}")

@@ -1,11 +1,12 @@
 """What calibration knows of a site: statistics of its inputs and of the loss's gradients."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -26,16 +27,25 @@ class SiteStatistics:
         second_moment: E[x^T x] of the inputs, `... x columns x columns`, one an expert.
         importance: E[x^2] of the inputs, `... x columns`: its diagonal, or an imported imatrix.
         fisher: E[g^2] of the loss's gradient by each weight, `... x rows x columns`.
+        remembered: what quantizers derived from them, by their identity.
     """
 
     second_moment: Tensor | None = None
     importance: Tensor | None = None
     fisher: Tensor | None = None
+    remembered: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+
+    def each(self, count: int) -> list["SiteStatistics"]:
+        """Those of each expert."""
+        return [self._with(itemgetter(i)) for i in range(count)]
 
     def to(self, device: torch.device) -> "SiteStatistics":
         """The same on a device."""
-        known = vars(self).items()
-        return SiteStatistics(**{name: t if t is None else t.to(device) for name, t in known})
+        return self._with(lambda tensor: tensor.to(device))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "SiteStatistics":
+        known = (self.second_moment, self.importance, self.fisher)
+        return SiteStatistics(*(None if t is None else change(t) for t in known))
 
 
 NOTHING_KNOWN = SiteStatistics()
@@ -101,6 +111,12 @@ class Statistics:
     def save(self, site: Site, kind: Statistic, tensors: dict[str, Tensor]) -> None:
         """Write a site's file, whole or not at all."""
         write_whole(self.path(site, kind), partial(save_file, tensors))
+
+    def share(self, site: Site, other: Site, kind: Statistic) -> None:
+        """Give `site` the file of `other`, stored once."""
+        path = self.path(site, kind)
+        path.unlink(missing_ok=True)
+        path.hardlink_to(self.path(other, kind))
 
 
 def _short(text: str) -> str:

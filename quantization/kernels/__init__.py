@@ -5,6 +5,8 @@ dequantizing first: that is its specification. The kernels here compute some of 
 bytes, and each says when.
 """
 
+import torch
+
 from quantization.formats import Format
 from quantization.kernels.base import Kernel, Product
 from quantization.kernels.parts import PartByPart
@@ -24,13 +26,15 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
 """Kernels of each kind of device, the first that doesn't refuse a product computes it."""
 
 
-def kernel_devices(format: Format) -> list[str]:
-    """Devices that multiply by this format from its packed bytes; the others only simulate it.
+def kernel_devices(format: Format, shape: tuple[int, int]) -> list[str]:
+    """Devices that multiply by such a weight from its packed bytes; the others only simulate it.
 
     Needs neither a GPU nor Triton: `['cuda sm80+', 'cpu']`.
     """
-    found = (k.devices for kernels in KERNELS.values() for k in kernels if k.supports(format))
-    return list(dict.fromkeys(found))
+    product = Product(format, shape, 1, torch.bfloat16, torch.device("cpu"))
+    gpu = [k.devices for k in KERNELS["cuda"] if k.supports(format)]  # in any shape
+    cpu = [k.devices for k in KERNELS["cpu"] if k.supports(format) and not k.refusal(product)]
+    return list(dict.fromkeys(gpu + cpu))
 
 
 __all__ = ["KERNELS", "Kernel", "Product", "kernel_devices"]

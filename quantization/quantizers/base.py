@@ -1,6 +1,7 @@
 """The contract of a quantizer: the algorithm that puts a tensor into a format."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,6 +54,16 @@ class Quantizer(ABC):
         Raises:
             QuantizationError: NaN or infinity in the weight, or a range the format can't hold.
         """
+
+    def quantize_alike(
+        self, weights: Sequence[Tensor], format: Format, statistics: Sequence[SiteStatistics]
+    ) -> list[Quantized]:
+        """`quantize` for weights of one shape, as the layers of a model have them.
+
+        A quantizer whose steps are many and small takes them together.
+        """
+        pairs = zip(weights, statistics, strict=True)
+        return [self.quantize(weight, format, known) for weight, known in pairs]
 
 
 def needs(quantizer: Quantizer, format: Format) -> frozenset[Statistic]:

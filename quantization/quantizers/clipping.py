@@ -16,7 +16,7 @@ from quantization.quantizers.base import Quantized, Quantizer, check_finite
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
 
 STEPS = tuple(1 - 0.04 * i for i in range(16))  # down to 0.4: beyond it nothing was ever chosen
-OCTAVES = (2.0, 1.0, 0.5)  # a power of two has no steps between
+OCTAVES = (1.0, 2.0, 0.5)  # a power of two has no steps between; as fitted where all overflow
 
 
 class ClippingSearch(Quantizer):
@@ -39,19 +39,29 @@ class ClippingSearch(Quantizer):
         weight = weight.float()
         if not isinstance(format, ScalarFormat):
             return Quantized(format, *format.nearest(weight, statistics))
-        grid = clipped_grid(weight, format, statistics if self.needs else NOTHING_KNOWN)
+        grid = (clipped_grid if self.needs else _mse_grid)(weight, format, statistics)
         return Quantized(format, format.encode(weight, grid), grid)
 
 
 def clipped_grid(weight: Tensor, format: ScalarFormat, statistics: SiteStatistics) -> Grid:
-    """The grid of least (weighted) squared error among those of shrunken blocks.
+    """The grid of least weighted squared error among those of shrunken blocks.
 
     Formats without scales are fitted as they are; mixtures part by part.
     """
     if not isinstance(format, Scaled):
         return format.fit_parts(weight, statistics, clipped_grid)
     cost = statistics.importance
-    cost = None if cost is None else cost.to(weight)[..., None, :]
+    return _searched(weight, format, None if cost is None else cost.to(weight)[..., None, :])
+
+
+def _mse_grid(weight: Tensor, format: ScalarFormat, statistics: SiteStatistics) -> Grid:
+    """The same of least squared error; statistics only place a mixture's parts."""
+    if not isinstance(format, Scaled):
+        return format.fit_parts(weight, statistics, _mse_grid)
+    return _searched(weight, format, None)
+
+
+def _searched(weight: Tensor, format: Scaled, cost: Tensor | None) -> Grid:
     best: Tensor | None = None
     shrink = torch.ones(())
     for step in OCTAVES if isinstance(format.scale, PowerOfTwo) else STEPS:

@@ -9,18 +9,20 @@ Columns go in order of falling H_jj (activation order), on scales that are fitte
 that groups stay where they are. Any scalar format will do: it only has to round single columns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantization.errors import QuantizationError
-from quantization.formats import Format, ScalarFormat
+from quantization.formats import Format, Grid, ScalarFormat
 from quantization.quantizers.base import Quantized, Quantizer, check_finite
 from quantization.quantizers.clipping import clipped_grid
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
 
-BLOCK = 128  # columns whose updates of the rest are gathered into one product
+BLOCK = 64  # columns whose updates of the rest are gathered into one product
+TOGETHER = 8  # matrices whose columns are rounded at once
 
 
 @dataclass(frozen=True)
@@ -48,34 +50,78 @@ class GPTQ(Quantizer):
         self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
     ) -> Quantized:
         """See `Quantizer.quantize`; rounds to nearest where no input was seen."""
-        check_finite(weight)
-        weight = weight.float()
-        if not isinstance(format, ScalarFormat):
-            return Quantized(format, *format.nearest(weight, statistics))
-        if weight.dim() > 2 and not format.batched:
-            return self._one_by_one(weight, format, statistics)
-        grid = clipped_grid(weight, format, statistics)
-        if statistics.second_moment is None:
-            return Quantized(format, format.encode(weight, grid), grid)
-        moment, width = statistics.second_moment.to(weight), weight.shape[-1]
-        order = torch.arange(width, device=weight.device)
-        if self.activation_order:  # one order for a stack, so that it goes in one batch
-            diagonal = moment.diagonal(dim1=-2, dim2=-1).reshape(-1, width)
-            order = diagonal.mean(0).argsort(descending=True)
-        factor = inverse_factor(moment[..., order, :][..., order], self.damping).to(weight)
-        moved = _sweep(weight[..., order], factor, format, format.take(grid, order, width))
-        return Quantized(format, format.encode(moved[..., order.argsort()], grid), grid)
-
-    def _one_by_one(
-        self, weight: Tensor, format: ScalarFormat, statistics: SiteStatistics
-    ) -> Quantized:
-        """Each matrix of a stack by itself."""
-        found = []
-        for i, matrix in enumerate(weight):
-            own = {name: None if t is None else t[i] for name, t in vars(statistics).items()}
-            found.append(self.quantize(matrix, format, SiteStatistics(**own)))
+        if weight.dim() == 2 or not isinstance(format, ScalarFormat):
+            return self.quantize_alike([weight], format, [statistics])[0]
+        found = self.quantize_alike(list(weight), format, statistics.each(len(weight)))
         grid = {name: torch.stack([q.grid[name] for q in found]) for name in found[0].grid}
         return Quantized(format, torch.stack([q.codes for q in found]), grid)
+
+    def quantize_alike(
+        self, weights: Sequence[Tensor], format: Format, statistics: Sequence[SiteStatistics]
+    ) -> list[Quantized]:
+        """See `Quantizer.quantize_alike`: a column of all matrices is rounded at once."""
+        if not isinstance(format, ScalarFormat) or weights[0].dim() > 2:
+            return super().quantize_alike(weights, format, statistics)
+        found = []
+        together = TOGETHER if format.batched else 1
+        for start in range(0, len(weights), together):
+            chosen = slice(start, start + together)
+            found += self._quantize_stack(weights[chosen], format, statistics[chosen])
+        return found
+
+    def _quantize_stack(
+        self, weights: Sequence[Tensor], format: ScalarFormat, statistics: Sequence[SiteStatistics]
+    ) -> list[Quantized]:
+        """Matrices of one shape, each with an order of its own."""
+        for weight in weights:
+            check_finite(weight)
+        weights = [weight.float() for weight in weights]
+        grids = [clipped_grid(w, format, s) for w, s in zip(weights, statistics, strict=True)]
+        moved = list(weights)
+        seen = [i for i, known in enumerate(statistics) if known.second_moment is not None]
+        if seen:
+            for i, own in zip(
+                seen, self._moved(seen, weights, format, grids, statistics), strict=True
+            ):
+                moved[i] = own
+        codes = [format.encode(w, grid) for w, grid in zip(moved, grids, strict=True)]
+        return [Quantized(format, *pair) for pair in zip(codes, grids, strict=True)]
+
+    def _moved(
+        self,
+        seen: Sequence[int],
+        weights: Sequence[Tensor],
+        format: ScalarFormat,
+        grids: Sequence[Grid],
+        statistics: Sequence[SiteStatistics],
+    ) -> list[Tensor]:
+        """The weights of those with a second moment, as they are when their turn comes."""
+        found = [self._order_and_factor(statistics[i], weights[i]) for i in seen]
+        orders, factors = zip(*found, strict=True)
+        triples = zip(seen, orders, strict=True)
+        width = weights[0].shape[-1]
+        taken = [format.take(grids[i], order, width) for i, order in triples]
+        ordered = [weights[i][:, order] for i, order in zip(seen, orders, strict=True)]
+        if len(seen) == 1:  # formats that aren't batched know no stacks
+            swept = [_sweep(ordered[0], factors[0], format, taken[0])]
+        else:
+            grid = {name: torch.stack([own[name] for own in taken]) for name in taken[0]}
+            swept = list(_sweep(torch.stack(ordered), torch.stack(factors), format, grid))
+        return [own[:, order.argsort()] for own, order in zip(swept, orders, strict=True)]
+
+    def _order_and_factor(
+        self, statistics: SiteStatistics, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The columns' order and U in it; remembered, since every format asks for it."""
+        if self.identity not in statistics.remembered:
+            assert statistics.second_moment is not None
+            moment = statistics.second_moment.to(weight)
+            order = torch.arange(len(moment), device=weight.device)
+            if self.activation_order:
+                order = moment.diagonal().argsort(descending=True, stable=True)
+            factor = inverse_factor(moment[order][:, order], self.damping).to(weight)
+            statistics.remembered[self.identity] = order, factor
+        return statistics.remembered[self.identity]
 
 
 def inverse_factor(moment: Tensor, damping: float) -> Tensor:

@@ -1,8 +1,8 @@
 """HQQ: half-quadratic quantization, which needs no data (mobiusml.github.io/hqq_blog).
 
 Minimises sum |w - Q(w)|^p with p < 1, which lets a few weights err so that most don't, by splitting
-the error off as W_e and alternating between a shrinkage of it and the zero points (or, without
-zero points, the scales) in closed form:
+the error off as W_e and alternating between a shrinkage of it and the zero points (the scales, where
+a format has no real-valued zero points) in closed form:
 
     W_e = S shrink_p((W - Q(W)) / S, beta)     Z = mean(q - (W - W_e) / S)     S = <q, W - W_e> / <q, q>
 
@@ -45,7 +45,8 @@ def half_quadratic_grid(weight: Tensor, format: ScalarFormat, statistics: SiteSt
     if not isinstance(format, Scaled):
         return format.fit_parts(weight, statistics, half_quadratic_grid)
     grid = format.fit(weight)
-    ideal = _zeros(grid) if format.asymmetric else torch.ones_like(format.block_sums(weight))
+    real = format.real_zeros  # whole zero points would be rounded back to where they were
+    ideal = grid["zeros"].float() if real else torch.ones_like(format.block_sums(weight))
     sizes = format.block_sums(torch.ones_like(weight))
     best, lowest, beta = ideal, None, BETA
     for _ in range(STEPS):
@@ -57,7 +58,7 @@ def half_quadratic_grid(weight: Tensor, format: ScalarFormat, statistics: SiteSt
         scales = format.scale.load(grid)
         steps = format.spread(scales, weight)
         target = weight - _shrink(error / steps, beta) * steps
-        if format.asymmetric:
+        if real:
             # S (q - Z) should be the target: the mean over the block of q - target / S
             offset = format.decode(codes, grid) - target
             ideal = ideal + format.block_sums(offset) / sizes / scales
@@ -72,11 +73,7 @@ def half_quadratic_grid(weight: Tensor, format: ScalarFormat, statistics: SiteSt
 
 def _with(format: Scaled, weight: Tensor, grid: Grid, ideal: Tensor) -> Grid:
     """The grid at other zero points, or at scales shrunken to another share of the reach."""
-    return format.with_zeros(grid, ideal) if format.asymmetric else format.fit(weight, shrink=ideal)
-
-
-def _zeros(grid: Grid) -> Tensor:
-    return grid["zeros"].float()
+    return format.with_zeros(grid, ideal) if format.real_zeros else format.fit(weight, shrink=ideal)
 
 
 def _shrink(x: Tensor, beta: float) -> Tensor:

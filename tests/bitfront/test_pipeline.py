@@ -375,7 +375,7 @@ def _stamps(store):
 
 
 def test_packed_banks_measure_the_same(done, tiny_folders):
-    """Formats without a CPU kernel are multiplied by the reference: the same to the last bit."""
+    """Kernels add up in another order; formats without one are multiplied by the reference."""
     store, job, plain = done
     packed = make_plan(small_config(tiny_folders("llama"), bank="packed"))
     assert packed.packed

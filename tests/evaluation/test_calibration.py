@@ -45,6 +45,15 @@ def test_second_moments_are_those_of_the_inputs(make_bank, tmp_path, monkeypatch
         assert torch.equal(found[site].importance, found[site].second_moment.diagonal())
 
 
+def test_sites_that_read_the_same_tensor_share_a_file(make_bank, tmp_path, monkeypatch):
+    bank = make_bank("llama")
+    collected(bank, "shared", "second-moment", tmp_path, monkeypatch)
+    paths = [Statistics("shared").path(site, "second-moment") for site in sites(bank)]
+    assert len({path.stat().st_ino for path in paths}) == 4 / 7 * len(
+        paths
+    )  # qkv, o, gate up, down
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_each_expert_has_a_moment_of_the_tokens_that_reached_it(
     make_bank, tmp_path, monkeypatch, family

@@ -57,19 +57,38 @@ def test_bit_streams_round_trip(bits, columns, seed):
 @settings(deadline=None, max_examples=100)
 @given(integers, shapes, st.integers(0, 2**31), st.sampled_from([1e-3, 1.0, 100.0]))
 def test_every_value_goes_to_its_nearest_code(name, shape, seed, scale):
-    """Half a step away at most, and what rounding scales to fp16 adds (absolute when subnormal)."""
+    """None of the format's other codes is nearer, on the grid as it is stored."""
     format = FORMATS[name]
     weight = weights(shape, seed, scale)
     quantized = RTN.quantize(weight, format)
+    error = (quantized.dequantize() - weight).abs()
+    for code in range(2**format.element.bits):
+        other = format.decode(torch.full(shape, code, dtype=torch.int16), quantized.grid)
+        # a tie may go either way, and the division by the scale rounds
+        assert (error <= (other - weight).abs() + 1e-6 * other.abs()).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(integers, shapes, st.integers(0, 2**31))
+def test_no_value_is_a_step_away(name, shape, seed):
+    """The range of each group covers its values: half a step, and a zero point's rounding."""
+    format = FORMATS[name]
+    weight = weights(shape, seed, 1.0)
+    quantized = RTN.quantize(weight, format)
     bits = format.element.bits
-    steps = (
-        quantized.grid["scales"]
-        .float()
-        .repeat_interleave(format.columns or shape[-1], dim=-1)[..., : shape[-1]]
-    )
-    rounding = 2**bits * 2.0**-25
+    steps = format.spread(quantized.grid["scales"].float(), weight)
     slack = 0.5 + 2**bits * 2**-11 + (0.5 if format.asymmetric else 0)
-    assert ((quantized.dequantize() - weight).abs() <= steps * slack + rounding).all()
+    assert ((quantized.dequantize() - weight).abs() <= steps * slack + 2**bits * 2.0**-25).all()
+
+
+@pytest.mark.parametrize("name", ["int4-g64-asym", "mxfp4", "nvfp4", "nf4-g64", "dialectfp4-b32"])
+def test_formats_decode_without_a_device(name):
+    """On the meta device: what a shape will take is known before there is memory for it."""
+    quantized = RTN.quantize(torch.randn(4, 128), FORMATS[name])
+    grid = {key: tensor.to("meta") for key, tensor in quantized.grid.items()}
+    decoded = FORMATS[name].decode(quantized.codes.to("meta"), grid)
+    assert decoded.shape == (4, 128)
+    assert decoded.device.type == "meta"
 
 
 @pytest.mark.parametrize(

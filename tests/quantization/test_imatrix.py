@@ -167,7 +167,7 @@ def test_files_that_do_not_fit_say_why(llama_model, tmp_path, tensors, type, mes
 
 
 def test_a_file_that_is_not_there_says_so(llama_model, tmp_path):
-    with pytest.raises(QuantizationError, match="No such file"):
+    with pytest.raises(QuantizationError, match="there is no file"):
         read_imatrix(tmp_path / "none.gguf", *llama_model)
 
 

@@ -192,14 +192,18 @@ def test_parts_cover_all_columns_once(tiles, columns, step):
     ],
 )
 def test_formats_know_their_devices(name, devices):
-    assert kernel_devices(FORMATS[name]) == devices
+    assert kernel_devices(FORMATS[name], (1024, 1024)) == devices
+
+
+def test_devices_are_those_of_the_shape():
+    assert kernel_devices(FORMATS["int4-g64"], (64, 100)) == ["cuda sm80+"]  # no whole groups
 
 
 def test_asking_for_devices_imports_no_triton():
     ask = (
         "import sys; from quantization.formats import FORMATS;"
         "from quantization.kernels import kernel_devices;"
-        "assert kernel_devices(FORMATS['int4-g64']); assert 'triton' not in sys.modules"
+        "assert kernel_devices(FORMATS['int4-g64'], (64, 64)); assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", ask], check=True)
 

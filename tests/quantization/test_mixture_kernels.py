@@ -52,5 +52,5 @@ def test_gpus_have_kernels_for_mixtures_of_what_they_have_kernels_for():
         "slim-int4-g64@20%",
         "mixllm-int4-g128-asym@20%",
     ):
-        assert kernel_devices(FORMATS[name])[0].startswith("cuda")
-    assert kernel_devices(FORMATS["fgmp@30%"]) == []
+        assert kernel_devices(FORMATS[name], (1024, 1024))[0].startswith("cuda")
+    assert kernel_devices(FORMATS["fgmp@30%"], (1024, 1024)) == []

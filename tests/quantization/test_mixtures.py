@@ -130,20 +130,31 @@ def test_a_part_without_slices_is_refused():
     assert "would get none" in FORMATS["owq-int4-g64@0.5%"].refusal((64, 64))
 
 
-def test_choosing_fractions_is_ranking_rows_over_the_whole_model():
-    """MixLLM's global ranking: the optimum over fractions keeps the rows of largest gain.
+def test_choosing_fractions_is_ranking_rows_over_the_whole_model(weight):
+    """MixLLM ranks the rows of all layers together; the search gets there by choosing fractions.
 
-    Gains of two units whose rows differ in scale; at the budget of the global threshold's shares
-    the solver finds exactly those shares.
+    Two units, one with ten times the Fisher information. As many fine rows as the solver's map has,
+    taken by the gain of each row over both, lose nearly as much; the same fraction everywhere, more.
     """
-    rng = np.random.default_rng(0)
-    gains = [np.sort(rng.random(100) * scale)[::-1] for scale in (1.0, 3.0)]
-    shares = np.arange(0, 101, 5)
-    loss = np.array([[g[n:].sum() for n in shares] for g in gains])
-    costs = np.tile(shares, (2, 1)).astype(np.int64)
-    for threshold in (0.4, 0.9, 1.5):
-        kept = [int((g > threshold).sum()) for g in gains]
-        budget = sum(5 * round(k / 5) for k in kept)
-        solution = solve(Problem(loss, {"rows": costs}, np.ones_like(loss, bool)), {"rows": budget})
-        found = shares[np.array(solution.choice)]
-        assert np.abs(found - kept).max() <= 5
+    rng = generator(5)
+    fishers = [torch.rand(SHAPE[0], 1, generator=rng) ** 3 * scale for scale in (1.0, 10.0)]
+    names = ["int3-g64-asym", *(f"mixllm-int3-g64-asym@{p}%" for p in (5, 10, 20, 40)), "int8-g64"]
+    known = [SiteStatistics(fisher=fisher.expand(SHAPE)) for fisher in fishers]
+    rows = torch.stack([
+        torch.stack([
+            ((RTN.quantize(weight, FORMATS[name], k).dequantize() - weight) ** 2 * k.fisher).sum(-1)
+            for name in names
+        ])
+        for k in known
+    ])  # fmt: skip
+    loss = rows.sum(-1).double().numpy()
+    fine = [sum((rows[0, i] != rows[0, 0]).tolist()) for i in range(len(names))]
+    costs = np.tile(np.array(fine, dtype=np.int64), (2, 1))
+    budget = 2 * fine[3]
+    solution = solve(Problem(loss, {"rows": costs}, np.ones_like(loss, bool)), {"rows": budget})
+    chosen = loss[np.arange(2), np.array(solution.choice)].sum()
+    gains = (rows[:, 0] - rows[:, -1]).flatten().sort(descending=True).values
+    ranked = float(loss[:, 0].sum() - gains[:budget].sum())
+    uniform = loss[:, 3].sum()
+    assert chosen < 0.9 * uniform
+    assert chosen < 1.15 * ranked

@@ -88,12 +88,14 @@ def test_gptq_is_within_two_percent_of_the_textbook(format, activation_order):
     "format", ["int4-g64", "nvfp4", "squeezellm3", "fgmp@30%", "owq-int3-g64@5%"]
 )
 def test_a_stack_of_experts_is_quantized_as_its_matrices(format):
-    """In natural order; activation order is one for the whole stack."""
     each = [data(seed=seed) for seed in range(3)]
     known = SiteStatistics(
-        *(torch.stack(t) for t in zip(*(vars(k).values() for _, k in each), strict=True))
+        *(
+            torch.stack([getattr(k, name) for _, k in each])
+            for name in ("second_moment", "importance", "fisher")
+        )
     )
-    gptq = GPTQ(activation_order=False)
+    gptq = GPTQ()
     stacked = gptq.quantize(torch.stack([w for w, _ in each]), FORMATS[format], known)
     for i, (weight, own) in enumerate(each):
         alone = gptq.quantize(weight, FORMATS[format], own).dequantize()
@@ -148,7 +150,33 @@ def test_clipping_is_never_worse_than_rounding_in_its_own_measure(format):
     assert (weighted.square() * cost).sum() <= (mse.square() * cost).sum()
 
 
-@pytest.mark.parametrize("format", ["int3-g64", "int4-g64-real", "int2-g32-real", "nf4-g64"])
+@pytest.mark.parametrize("format", ["squeezellm3", "owq-int3-g64@5%", "atom-int3-g64@6%"])
+def test_what_a_format_needs_reaches_it_under_any_quantizer(format):
+    """The clipping search by plain squared error weighs no weight, but places a mixture's parts."""
+    weight, known = data()
+    assert known.importance is not None
+    blind = QUANTIZERS["rtn-mse"].quantize(weight, FORMATS[format]).dequantize() - weight
+    seeing = QUANTIZERS["rtn-mse"].quantize(weight, FORMATS[format], known).dequantize() - weight
+    cost = known.fisher if format == "squeezellm3" else known.importance
+    assert (seeing.square() * cost).sum() < (blind.square() * cost).sum()
+
+
+def test_layers_together_are_quantized_as_each_alone():
+    """Also those that no input reached; what is remembered of the moments serves every format."""
+    each = [data(seed=seed) for seed in range(4)]
+    statistics = [known for _, known in each[:3]] + [SiteStatistics()]
+    gptq = GPTQ()
+    for format in ("int4-g64-asym", "mxfp4", "owq-int3-g64@5%"):
+        together = gptq.quantize_alike([w for w, _ in each], FORMATS[format], statistics)
+        for q, (weight, _), known in zip(together, each, statistics, strict=True):
+            fresh = SiteStatistics(known.second_moment, known.importance, known.fisher)
+            alone = gptq.quantize(weight, FORMATS[format], fresh).dequantize()
+            assert (q.dequantize() == alone).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "format", ["int3-g64", "int4-g64-asym", "int4-g64-real", "int2-g32-real", "nf4-g64"]
+)
 def test_hqq_lowers_the_norm_that_it_minimises(format):
     weight, _ = data()
     plain, found = (

@@ -24,6 +24,7 @@ from quantization.checkpoints import load_model
 from quantization.formats import FORMATS
 from quantization.quantizers import QUANTIZERS, needs
 from quantization.statistics import Statistics
+from quantization.units import Site
 from workers.session import Session, SessionSpec
 
 TWELVE = (
@@ -100,16 +101,19 @@ def seconds(formats: list[str]) -> dict[str, object]:
     session.prepare()
     statistics = Statistics(plan.statistics)
     parameters = load_model(plan.checkpoint, torch.float32).state_dict()
-    sites = [s for u in plan.layout.units if u.layer is not None for s in u.stored]
+    alike: dict[tuple[int, ...], list[Site]] = {}
+    for site in (s for u in plan.layout.units if u.layer is not None for s in u.stored):
+        alike.setdefault(site.shape, []).append(site)
     taken: dict[str, dict[str, float]] = {"rtn": {}, "gptq": {}}
     for name in formats:
         for quantizer, times in taken.items():
             engine, format = QUANTIZERS[quantizer], FORMATS[name]
             total = 0.0
-            for site in sites:
-                known = statistics.of(site, needs(engine, format))
+            for sites in (s[i : i + 8] for s in alike.values() for i in range(0, len(s), 8)):
+                known = [statistics.of(site, needs(engine, format)) for site in sites]
+                weights = [parameters[site.parameter] for site in sites]
                 start = time.perf_counter()
-                engine.quantize(parameters[site.parameter], format, known)
+                engine.quantize_alike(weights, format, known)
                 total += time.perf_counter() - start
             times[name] = round(total, 2)
     rtn, gptq = sum(taken["rtn"].values()), sum(taken["gptq"].values())

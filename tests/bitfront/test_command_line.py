@@ -101,6 +101,18 @@ def test_formats_have_the_pinned_form(run):
     }  # fmt: skip
 
 
+def test_formats_are_found_by_family_as_it_is_printed(run):
+    entries = json.loads(run("formats", "table+sparse", "--json").stdout)
+    assert entries
+    assert {entry["family"] for entry in entries} == {"table+sparse"}
+
+
+def test_a_menu_of_one_format_says_what_is_missing(run, tiny_folders):
+    for name in ("int4-g32", "gguf-q4_0"):
+        result = run("search", str(tiny_folders("llama")), "--menu", name, "--dry-run", ok=False)
+        assert f"of {name} every unit can get one scheme only" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -114,6 +126,8 @@ def test_formats_have_the_pinned_form(run):
             r"no measured point has weight_bytes <= 1,000 (the smallest",
         ),
         (["formats", "--shape", "12"], "'12' is not a shape"),
+        (["formats", "INT4-G64"], "nearest: int4-g64"),
+        (["search", "demo", "--menu", "gguf-q5"], "unknown menu 'gguf-q5'"),
         (["search", "x", "--bits", "four"], "'four' is not a list of numbers"),
     ],
 )

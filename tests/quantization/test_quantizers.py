@@ -150,7 +150,7 @@ def test_clipping_is_never_worse_than_rounding_in_its_own_measure(format):
     assert (weighted.square() * cost).sum() <= (mse.square() * cost).sum()
 
 
-@pytest.mark.parametrize("format", ["squeezellm3", "owq-int3-g64@5%", "atom-int3-g64@6%"])
+@pytest.mark.parametrize("format", ["squeezellm3", "owq-int3-g64@5%"])
 def test_what_a_format_needs_reaches_it_under_any_quantizer(format):
     """The clipping search by plain squared error weighs no weight, but places a mixture's parts."""
     weight, known = data()

@@ -124,12 +124,19 @@ def _menu(name: str) -> dict[str, Any]:
     if name in known:
         return _preset("menus", name)
     if "," not in name:
-        from quantization.formats import FORMATS  # torch
-
-        if re.split(r"[/@]", name)[0] not in (re.split(r"@", format)[0] for format in FORMATS):
-            known[name]  # neither a format nor a menu: say so, with the nearest menus
+        _one_format(name, list(known))
     schemes = [part.strip() for part in name.split(",") if part.strip()]
     return {"schemes": schemes, "pinned": {"embedding": "bf16", "head": "bf16"}}
+
+
+def _one_format(name: str, menus: list[str]) -> None:
+    """Raise `UnknownNameError` where a lone name is neither a format nor a menu."""
+    from quantization.formats import FORMATS  # torch
+
+    known: Registry[None] = Registry("menu or format")
+    for entry in dict.fromkeys([*menus, *(format.split("@")[0] for format in FORMATS)]):
+        known.add(entry, None)
+    known[re.split(r"[/@]", name)[0]]
 
 
 def _preset(kind: str, name: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def weighted_kmeans(values: Tensor, weights: Tensor, clusters: int) -> Tensor:
     says that the probability is 1 / d: so starts at even steps of the sum of w^(1/3) d^(2/3), with
     the weights as they are and smoothed, beside even steps over the range. The best end is kept.
     """
-    values, order = values.double().sort(-1)
+    values, order = values.double().contiguous().sort(-1)
     weights = weights.double().gather(-1, order)
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)
     sums = [

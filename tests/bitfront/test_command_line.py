@@ -127,7 +127,10 @@ def test_a_menu_of_one_format_says_what_is_missing(run, tiny_folders):
         ),
         (["formats", "--shape", "12"], "'12' is not a shape"),
         (["formats", "INT4-G64"], "nearest: int4-g64"),
-        (["search", "demo", "--menu", "gguf-q5"], "unknown menu 'gguf-q5'"),
+        (
+            ["search", "demo", "--menu", "gguf-q5"],
+            "unknown menu or format 'gguf-q5'; nearest: gguf-q5_",
+        ),
         (["search", "x", "--bits", "four"], "'four' is not a list of numbers"),
     ],
 )

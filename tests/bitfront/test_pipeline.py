@@ -273,7 +273,7 @@ def test_a_killed_driver_goes_on_from_where_it_was(tiny_folders, tmp_path):
 @pytest.mark.parametrize(
     ("more", "error", "words"),
     [
-        ({"menu": "int4-g46"}, UnknownNameError, r"unknown format 'int4-g46'; nearest: .*int4-g64"),
+        ({"menu": "int4-g46"}, UnknownNameError, r"menu or format 'int4-g46'; nearest: .*int4-g64"),
         ({"menu": "int4-g32/int9"}, UnknownNameError, "unknown activation format"),
         ({"estimators": ["fischer"]}, UnknownNameError, "nearest: fisher"),
         ({"quantizer": "gptx"}, UnknownNameError, "nearest: gptq"),

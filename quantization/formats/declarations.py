@@ -31,7 +31,7 @@ GROUPS = (16, 32, 64, 128)
 
 def scaled_formats() -> Iterator[Scaled]:
     """Every scaled format that has a name."""
-    for bits in (2, 3, 4, 5, 6, 8):
+    for bits in range(2, 9):
         for scale in (FP16, BF16, TensorScaled(), PowerOfTwo()):
             for columns in (*GROUPS, WHOLE):
                 yield from _both(_grouped("integer", SignedInteger(bits), scale, columns))

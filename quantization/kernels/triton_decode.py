@@ -2,7 +2,7 @@
 
 Too few activations for tensor cores: every code is one multiplication a row of activations. Codes
 are read as 32-bit words, each once, in chunks: the least number of words that hold whole codes (one
-for 2, 4 and 8 bits; three for 3 and 6, five for 5). Lanes take neighbouring chunks, so that words
+for 2, 4 and 8 bits; three for 3 and 6, five for 5, seven for 7). Lanes take neighbouring chunks, so that words
 are coalesced, and every thread keeps several rows, so that activations are shared and many loads
 are under way. Scales are applied to sums over their group.
 
@@ -172,5 +172,5 @@ def launch(
 
 def chunk(bits: int) -> tuple[int, int]:
     """The fewest 32-bit words that hold whole codes, and how many codes they hold."""
-    words = {3: 3, 5: 5, 6: 3}.get(bits, 1)
+    words = {3: 3, 5: 5, 6: 3, 7: 7}.get(bits, 1)
     return words, 32 * words // bits

@@ -43,7 +43,7 @@ WITH_RECIPE = [name for name in FORMATS if recipe(FORMATS[name])]
 ELEMENTS = [
     *(f"int{bits}-g16-asym" for bits in (2, 3, 4, 5, 6, 8)),
     *(f"int{bits}-g{group}" for bits in (3, 4) for group in (16, 32, 64, 128)),
-    "int2-channel", "int5-channel-asym", "int4-g64-bf16", "int6-g128-asym-fp8", "int3-g32-e8m0",
+    "int2-channel", "int5-channel-asym", "int7-g32", "int4-g64-bf16", "int6-g128-asym-fp8", "int3-g32-e8m0",
     "int4-g64-real", "fp8-e4m3", "fp8-e5m2-channel", "fp8-e4m3-b128", "fp8-e5m2-b128",
     "fp6-e3m2-g32", "fp6-e2m3-channel", "fp4-e2m1-g16", "mxfp4", "mxfp6", "mxfp6-e2m3", "mxfp8",
     "mxfp8-e5m2", "mxint8", "nvfp4", "nf4-g64", "nf4-channel", "squeezellm3", "squeezellm4",

@@ -22,7 +22,7 @@ from quantization.checkpoints import Checkpoint, load_config, load_tokenizer, re
 from quantization.imatrix import read_imatrix
 from quantization.memory import return_memory
 from quantization.precision_map import map_hash
-from quantization.quantizers import QUANTIZERS, needs
+from quantization.quantizers import QUANTIZERS, needs, rendering
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.statistics import Imported
 from quantization.transforms import TRANSFORMS
@@ -120,7 +120,7 @@ class Plan:
         from quantization.formats import FORMATS
 
         quantizer = QUANTIZERS[self.config.quantizer]
-        name = quantizer.identity
+        name = rendering(quantizer)
         if any(needs(quantizer, FORMATS[scheme.weight]) for scheme in self.menu):
             name += f"@{self.statistics[:16]}{self.imatrix.identity[:16] if self.imatrix else ''}"
         return f"{name}{PACKED}" if self.packed else name  # kernels add up in another order

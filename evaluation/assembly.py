@@ -1,52 +1,71 @@
 """A model whose weights are the bank's pages: built without loading, switched without copying."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from quantization.bank import Bank, Tensors
-from quantization.checkpoints import load_config
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.schemes import Scheme
+from quantization.weights import skeleton
+
+UNLOADED = "unloaded"
 
 
 class AssembledModel:
-    """One replica of a model, holding whichever candidate was assigned last.
+    """One replica of a model, holding whichever candidate was assigned last; at first nothing.
 
     Not thread-safe: a worker owns its replica. On the CPU the parameters are views of the bank's
-    mapped files; on an accelerator each scheme of a unit is moved there once and kept. Packed
-    weights take a parameter's place until plain ones return.
+    mapped files; on an accelerator each scheme of a unit is moved there once and kept until the
+    unit is unloaded. Packed weights take a parameter's place until plain ones return.
     """
 
     def __init__(self, bank: Bank, device: torch.device) -> None:
         self.bank, self.device = bank, device
-        self.module = _skeleton(bank)
+        self.module = skeleton(bank.checkpoint, bank.dtype)
         self._aliases = _aliases(self.module)
         self._on_device: dict[int, Tensor] = {}
         self._packed: set[str] = set()
-        for unit in bank.layout.units:
-            self._adopt(bank.reference(unit))
+        shapes = {name: p.shape for name, p in self.module.named_parameters()}
+        for site in (site for unit in bank.layout.units for site in unit.stored):
+            self._adopt({site.parameter: self._nothing(shapes[site.parameter])})
         self._adopt(bank.rest())
         self.module.to(device)
         self.module.eval()
         self._parameters = dict(self.module.named_parameters())
-        self._current: list[Scheme | None] = [None] * len(bank.layout.units)
+        self._current: list[Scheme | str | None] = [UNLOADED] * len(bank.layout.units)
 
     def assign(self, schemes: Sequence[Scheme] | None) -> None:
         """Point every unit at its scheme's tensors; None restores the reference."""
-        wanted = [None] * len(self._current) if schemes is None else list(schemes)
-        for i, (unit, scheme) in enumerate(zip(self.bank.layout.units, wanted, strict=True)):
+        self.load(range(len(self._current)), schemes)
+
+    def load(self, units: Iterable[int], schemes: Sequence[Scheme | None] | None = None) -> None:
+        """The same for some units; `schemes` holds one for each unit of the layout."""
+        for i in units:
+            scheme = None if schemes is None else schemes[i]
             if scheme == self._current[i]:
                 continue
+            unit = self.bank.layout.units[i]
             tensors = (
                 self.bank.reference(unit) if scheme is None else self.bank.tensors(unit, scheme)
             )
             for name, tensor in tensors.items():
                 self._point(name, tensor)
             self._current[i] = scheme
+
+    def unload(self, units: Iterable[int]) -> None:
+        """Let go of the weights of some units, and of their pages; `load` brings them back."""
+        for i in units:
+            if self._current[i] == UNLOADED:
+                continue
+            unit = self.bank.layout.units[i]
+            for tensor in self.bank.forget(unit):
+                self._on_device.pop(_page(tensor), None)
+            for site in unit.stored:
+                shape = self._parameters[site.parameter].shape
+                self._point(site.parameter, self._nothing(shape))
+            self._current[i] = UNLOADED
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of that name in the state dict."""
@@ -65,13 +84,16 @@ class AssembledModel:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; the same one for the same page of the bank."""
-        if self.device.type == "cpu":
+        if tensor.device.type == self.device.type:
             return tensor
-        # a packed weight has no storage of its own; the bank keeps it as long as its pages
-        page = id(tensor) if isinstance(tensor, PackedWeight) else tensor.data_ptr()
+        page = _page(tensor)
         if page not in self._on_device:
             self._on_device[page] = tensor.to(self.device)
         return self._on_device[page]
+
+    def _nothing(self, shape: Sequence[int]) -> Tensor:
+        """Stands for a tensor of this shape, with the memory of one number."""
+        return torch.zeros((), dtype=self.bank.dtype, device=self.device).expand(shape)
 
     def _own(self, name: str, parameter: nn.Parameter) -> None:
         """Give the parameter to every module that holds it."""
@@ -88,19 +110,10 @@ class AssembledModel:
             self._own(name, nn.Parameter(self._placed(tensor), requires_grad=False))
 
 
-def _skeleton(bank: Bank) -> Any:
-    """The model with its parameters on the meta device and its computed buffers real."""
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(bank.checkpoint)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=bank.dtype,
-            trust_remote_code=bank.checkpoint.trust_remote_code,
-        )
-    model.tie_weights()  # moving to the meta device parted what was tied
-    return model
+def _page(tensor: Tensor) -> int:
+    """What tells a tensor of the bank from others as long as its pages are mapped."""
+    # a packed weight has no storage of its own; the bank keeps it as long as its pages
+    return id(tensor) if isinstance(tensor, PackedWeight) else tensor.data_ptr()
 
 
 def _aliases(module: nn.Module) -> dict[str, list[tuple[str, str]]]:

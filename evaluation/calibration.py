@@ -31,8 +31,8 @@ class SecondMoments:
         self.tokens: dict[tuple[str, int], int] = {}
         self._latest: tuple[Tensor, tuple[str, int]] | None = None
 
-    def add(self, site: Site, expert: int, inputs: Tensor) -> None:
-        """Add a product's inputs (... x columns)."""
+    def add(self, site: Site, expert: int, inputs: Tensor, outputs: Tensor | None = None) -> None:
+        """Add a product's inputs (... x columns); its outputs don't matter."""
         key = site.name, expert
         x = inputs.reshape(-1, inputs.shape[-1])
         self.tokens[key] = self.tokens.get(key, 0) + len(x)

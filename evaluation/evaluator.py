@@ -44,6 +44,7 @@ class Evaluator:
     def __init__(self, bank: Bank, device: torch.device) -> None:
         self.bank = bank
         self.model = AssembledModel(bank, device)
+        self.model.assign(None)
         self.head = Head(self.model.module)
         identity = f"{bank.checkpoint.weights_hash}|{bank.dtype}|{device.type}"
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]

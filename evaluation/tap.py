@@ -1,4 +1,4 @@
-"""A tap on matrix products: what each site of a model reads, experts and all, without hooks."""
+"""A tap on matrix products: what each site reads and gives, experts and all, without hooks."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Self
@@ -18,8 +18,8 @@ WEIGHT_ARGUMENT: dict[Any, int] = {
 }
 """Where a product's weight stands among its arguments; its input is the argument before."""
 
-Visit = Callable[[Site, int, Tensor], None]
-"""Called with the site, the expert's index (0 for a plain linear) and the input."""
+Visit = Callable[[Site, int, Tensor, Tensor], None]
+"""Called with the site, the expert's index (0 for a plain linear), the input and the output."""
 
 
 class Tap(TorchFunctionMode):
@@ -59,9 +59,10 @@ class Tap(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run the function; look at its operands if it is a matrix product."""
+        result = function(*args, **(kwargs or {}))
         position = WEIGHT_ARGUMENT.get(function)
         if position is not None and len(args) > position:
             found = self._sites.get(args[position].data_ptr())
             if found:
-                self._visit(*found, args[position - 1])
-        return function(*args, **(kwargs or {}))
+                self._visit(*found, args[position - 1], result)
+        return result

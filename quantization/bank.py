@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,14 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantization.cache import cache_dir, write_whole
-from quantization.checkpoints import Checkpoint, load_model
+from quantization.checkpoints import Checkpoint
 from quantization.errors import BankError, QuantizationError
 from quantization.formats import FORMATS, Packed
 from quantization.kernels.packed_weight import PackedWeight
-from quantization.quantizers import Quantized, Quantizer, needs
+from quantization.quantizers import Quantized, Quantizer, needs, rendering
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic, Statistics
 from quantization.units import Layout, Site, Unit
+from quantization.weights import open_weights
 
 Choices = Sequence[Sequence[Scheme]]
 """The schemes that each unit may get, in the layout's order."""
@@ -65,7 +65,7 @@ class Bank:
         self.checkpoint, self.layout = checkpoint, layout
         self.quantizer, self.dtype = quantizer, dtype
         self.statistics, self.packed = statistics, packed
-        identity = f"{checkpoint.weights_hash}|{quantizer.identity}|{dtype}"
+        identity = f"{checkpoint.weights_hash}|{rendering(quantizer)}|{dtype}"
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self.folder = (root or cache_dir() / "banks") / name
         self._maps: dict[Path, Tensors] = {}
@@ -91,7 +91,7 @@ class Bank:
         return {kind: sites for kind, sites in missing.items() if sites}
 
     def build(self, choices: Choices) -> None:
-        """Write the files that are missing: loads the model if there are any.
+        """Write the files that are missing, reading the weights of few layers at a time.
 
         Statistics that were never written are done without.
 
@@ -107,14 +107,13 @@ class Bank:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_space(choices)
-            parameters = _parameters(load_model(self.checkpoint, torch.float32))
+            weights = open_weights(self.checkpoint)
             for units, schemes in _alike(self.layout, choices):
-                self._build_units(units, schemes, parameters)
-                for site in (site for unit in units for site in unit.stored):
-                    del parameters[site.parameter]
+                self._build_units(units, schemes, weights)
             if not self._rest_path().exists():
-                rest = {name: _as(tensor, self.dtype) for name, tensor in parameters.items()}
-                self._write(self._rest_path(), rest)
+                placed = {site.parameter for unit in self.layout.units for site in unit.stored}
+                rest = [name for name in weights if name not in placed]
+                self._write(self._rest_path(), {n: _as(weights[n], self.dtype) for n in rest})
         except (OSError, SafetensorError) as error:
             raise BankError(
                 f"can't write the bank to '{self.folder}' ({error}); what is complete stays: "
@@ -139,16 +138,25 @@ class Bank:
         """The unit's unquantized parameters."""
         return self._read(self._path(unit, REFERENCE))
 
+    def forget(self, unit: Unit) -> list[Tensor]:
+        """Unmap what was read of a unit, once nobody else holds it; returns what that was."""
+        mark = _short(_members(unit)) + "-"
+        maps = [path for path in self._maps if path.name.startswith(mark)]
+        return [tensor for path in maps for tensor in self._maps.pop(path).values()]
+
     def rest(self) -> Tensors:
         """All parameters and persistent buffers outside units."""
         return self._read(self._rest_path())
 
     def _build_units(
-        self, units: Sequence[Unit], schemes: Sequence[Scheme], parameters: Tensors
+        self, units: Sequence[Unit], schemes: Sequence[Scheme], weights: Mapping[str, Tensor]
     ) -> None:
         """The missing entries of units that have the same shapes."""
-        known: dict[tuple[str, frozenset[Statistic]], SiteStatistics] = {}
         wanted: list[Scheme | str] = [REFERENCE, *schemes]
+        if all(self._path(unit, scheme).exists() for unit in units for scheme in wanted):
+            return
+        parameters = {s.parameter: weights[s.parameter] for unit in units for s in unit.stored}
+        known: dict[tuple[str, frozenset[Statistic]], SiteStatistics] = {}
         for scheme in wanted:
             missing = [unit for unit in units if not self._path(unit, scheme).exists()]
             columns = zip(*(unit.stored for unit in missing), strict=True)
@@ -217,10 +225,12 @@ class Bank:
         name = scheme if isinstance(scheme, str) else scheme.name
         if name == self._exact_format():
             name = REFERENCE
-        members = "|".join(site.parameter for site in unit.sites)
         known = f"@{self.statistics.short}" if self.statistics and self._needs(scheme) else ""
         form = "-packed" if self._is_packed(unit, scheme) else ""
-        return self.folder / f"{_short(members)}-{name.replace('/', '_')}{known}{form}.safetensors"
+        return (
+            self.folder
+            / f"{_short(_members(unit))}-{name.replace('/', '_')}{known}{form}.safetensors"
+        )
 
     def _rest_path(self) -> Path:
         units = "|".join(site.parameter for unit in self.layout.units for site in unit.sites)
@@ -306,15 +316,8 @@ def _map(path: Path, dtype: torch.dtype) -> Tensors:
     return tensors
 
 
-def _parameters(model: Any) -> Tensors:
-    """Parameters and persistent buffers, tied ones once under their first name."""
-    unique = {name for name, _ in model.named_parameters()}
-    named = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name in unique or name not in named
-    }
+def _members(unit: Unit) -> str:
+    return "|".join(site.parameter for site in unit.sites)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

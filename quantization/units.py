@@ -128,3 +128,11 @@ def unit_name(sites: Iterable[str]) -> str:
     if len(names) == 1 or any(name.rpartition(".")[0] != parent for name in names):
         return "+".join(names)
     return f"{parent}.{'+'.join(name.rpartition('.')[2] for name in names)}"
+
+
+def block_path(unit: Unit) -> str | None:
+    """The path of the decoder block that the unit is in: `model.layers.0`."""
+    if unit.layer is None:
+        return None
+    parts = unit.sites[0].name.split(".")
+    return ".".join(parts[: parts.index(str(unit.layer)) + 1])

@@ -1,12 +1,37 @@
 """How much loss each unit suffers under each scheme; one estimator a file, one registry line."""
 
 from quantization.registry import Registry
-from sensitivity.base import Estimator, RawTable, Share, menu, merge
+from sensitivity.base import Estimator, RawTable, Share, Work, menu, merge
+from sensitivity.context_marginal import ContextMarginal
 from sensitivity.fisher import DiagonalFisher
+from sensitivity.flips import Flips
+from sensitivity.gradient import Gradient
+from sensitivity.hessian_trace import HessianTrace
+from sensitivity.higgs import HIGGS
+from sensitivity.kl_fisher import KLFisher, gaussian_kl_fisher
+from sensitivity.mixllm import MixLLM
 from sensitivity.output_error import OutputError
+from sensitivity.row_fisher import RowFisher
+from sensitivity.shapley import ProgressiveShapley
+from sensitivity.weight_error import WeightError
 
 ESTIMATORS: Registry[Estimator] = Registry("estimator")
-for _estimator in (OutputError(), DiagonalFisher()):
+for _estimator in (
+    OutputError(),
+    DiagonalFisher(),
+    RowFisher(),
+    KLFisher(),
+    gaussian_kl_fisher(),
+    MixLLM(),
+    Gradient(),
+    HessianTrace(),
+    HIGGS(),
+    Flips(quantized=False),
+    Flips(quantized=True),
+    ContextMarginal(),
+    ProgressiveShapley(),
+    WeightError(),
+):
     ESTIMATORS.add(_estimator.name, _estimator)
 
-__all__ = ["ESTIMATORS", "Estimator", "RawTable", "Share", "menu", "merge"]
+__all__ = ["ESTIMATORS", "Estimator", "RawTable", "Share", "Work", "menu", "merge"]

@@ -6,8 +6,8 @@ units, so that tasks over ranges of both can run on any worker and be merged.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.assembly import AssembledModel
-from quantization.bank import Bank
-from quantization.schemes import Scheme
-from quantization.units import Site, Unit
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout, Site, Unit
 
 Floats = NDArray[np.float64]
+
+PRIOR_TOKENS = 32.0
+"""How many tokens of its siblings' estimate an expert starts with (`Experts.shrunk`)."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,64 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """What a unit of packed experts suffers, expert by expert.
+
+    Args:
+        sums: schemes of the menu x experts; NaN where a scheme isn't offered.
+        tokens: how many tokens each expert saw.
+    """
+
+    sums: Floats
+    tokens: Floats
+
+    def shrunk(self) -> Floats:
+        """The unit's sums (schemes), each expert's rate drawn towards that of all.
+
+        An expert's rate s_e / n_e over few tokens is noise; the mean of all, r, is worth k tokens
+        of evidence (an empirical Bayes estimate with a prior of fixed weight):
+
+            rate_e = (s_e + k r) / (n_e + k)        sum = (sum_e n_e) mean_e(w_e rate_e)
+
+        with w_e the expert's share of the traffic, smoothed alike: an expert that no token of this
+        text reached will still serve some.
+        """
+        total, experts = float(self.tokens.sum()), len(self.tokens)
+        if not total:
+            return self.sums.sum(axis=1)
+        mean = self.sums.sum(axis=1, keepdims=True) / total
+        rates = (self.sums + PRIOR_TOKENS * mean) / (self.tokens + PRIOR_TOKENS)
+        traffic = (self.tokens + 1) / (total + experts)
+        return total * (rates * traffic).sum(axis=1)
+
+
+@dataclass(frozen=True)
 class RawTable:
     """Sums of a raw score over calibration tokens.
 
     Args:
         sums: units x schemes of the menu; NaN where a scheme isn't offered to a unit.
         tokens: per unit, how many tokens were summed over.
+        experts: by unit, what `sums` leaves out because it is known expert by expert.
     """
 
     sums: Floats
     tokens: Floats
+    experts: dict[int, Experts] = field(default_factory=dict)
 
     def mean(self) -> Floats:
         """Units x schemes, per token."""
-        return self.sums / self.tokens[:, None]
+        sums = self.sums.copy()
+        for unit, experts in self.experts.items():
+            sums[unit] += experts.shrunk()
+        return sums / self.tokens[:, None]
 
 
 class Estimator(ABC):
     """Predicts how much loss each unit suffers under each scheme.
 
-    Estimators are stateless; during a call they own the model, and they leave the reference
-    assigned. `unit` names what a mean score measures; `search` turns it into nats per token.
+    Estimators are stateless; during a call they own the model, and whoever uses it next assigns
+    what it wants. `unit` names what a mean score measures; `search` turns it into nats per token.
     """
 
     name: str
@@ -60,6 +99,12 @@ class Estimator(ABC):
     @abstractmethod
     def shares(self, units: int, chunks: int) -> list[Share]:
         """How to cut the work. Depends on nothing else, so that any pool has the same tasks."""
+
+    @abstractmethod
+    def forecast_bytes(
+        self, choices: Sequence[Sequence[Scheme]], share: Share, work: "Work"
+    ) -> int:
+        """The memory that `score` will need beside the process's own, for any share."""
 
     @abstractmethod
     def score(
@@ -82,6 +127,84 @@ class Estimator(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a pass costs in memory, as far as a layout and a text tell.
+
+    Args:
+        tokens: of a chunk.
+        itemsize: bytes of a number of the arithmetic type.
+    """
+
+    layout: Layout
+    tokens: int
+    itemsize: int
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return self.layout.units[0].sites[0].shape[-1]
+
+    @property
+    def outer_bytes(self) -> int:
+        """Embedding and head."""
+        return self.itemsize * sum(u.numel for u in self.layout.units if u.layer is None)
+
+    @property
+    def logits_bytes(self) -> int:
+        """One chunk's logits in float32."""
+        return 4 * self.tokens * max(u.sites[0].shape[0] for u in self.layout.units)
+
+    @property
+    def states_bytes(self) -> int:
+        """One chunk's hidden states at one place."""
+        return self.tokens * self.width * self.itemsize
+
+    @property
+    def blocks(self) -> int:
+        """Decoder blocks that hold units."""
+        return len({unit.layer for unit in self.layout.units} - {None})
+
+    @property
+    def largest_block(self) -> int:
+        """Weights of the largest block."""
+        return max(sum(unit.numel for unit in units) for units in self._by_block())
+
+    @property
+    def largest_site(self) -> int:
+        """Weights of the largest site inside the blocks."""
+        return max(s.numel for units in self._by_block() for unit in units for s in unit.sites)
+
+    @property
+    def most_units(self) -> int:
+        """Units of the block that has most."""
+        return max(len(units) for units in self._by_block())
+
+    @property
+    def moments_bytes(self) -> int:
+        """Second moments of the inputs of a block's sites, in float32."""
+        return 4 * max(
+            sum(s.numel // s.shape[-2] * s.shape[-1] for unit in units for s in unit.sites)
+            for units in self._by_block()
+        )
+
+    @property
+    def activations_bytes(self) -> int:
+        """What a block's graph keeps of a chunk: its products' inputs and outputs, twice over."""
+        ends = max(
+            sum(sum(site.shape[-2:]) for unit in units for site in unit.sites)
+            for units in self._by_block()
+        )
+        return 2 * self.tokens * ends * self.itemsize
+
+    def _by_block(self) -> list[list[Unit]]:
+        blocks: dict[int, list[Unit]] = {}
+        for unit in self.layout.units:
+            if unit.layer is not None:
+                blocks.setdefault(unit.layer, []).append(unit)
+        return list(blocks.values())
+
+
 def split(length: int, parts: int) -> list[tuple[int, int]]:
     """Cut `range(length)` into at most `parts` nearly equal half-open ranges."""
     parts = max(1, min(parts, length))
@@ -94,36 +217,81 @@ def menu(choices: Sequence[Sequence[Scheme]]) -> list[Scheme]:
     return list(dict.fromkeys(scheme for schemes in choices for scheme in schemes))
 
 
+def lossy(schemes: Sequence[Scheme]) -> list[Scheme]:
+    """Those of a unit's schemes that can cost something."""
+    return [scheme for scheme in schemes if scheme.weight != FULL_PRECISION]
+
+
 def empty_table(choices: Sequence[Sequence[Scheme]]) -> RawTable:
     """Zeros where a scheme is offered, NaN elsewhere."""
     schemes = menu(choices)
     sums = [[0.0 if s in offered else np.nan for s in schemes] for offered in choices]
-    return RawTable(np.array(sums), np.zeros(len(choices)))
+    return RawTable(np.array(sums), np.zeros(len(choices)), {})
 
 
 def merge(tables: Iterable[RawTable]) -> RawTable:
     """Add up the tables of all shares, in the order given."""
     first, *others = tables
-    sums, tokens = first.sums.copy(), first.tokens.copy()
+    sums, tokens, experts = first.sums.copy(), first.tokens.copy(), dict(first.experts)
     for table in others:
         sums += table.sums
         tokens += table.tokens
-    return RawTable(sums, tokens)
+        for unit, own in table.experts.items():
+            known = experts.get(unit)
+            experts[unit] = (
+                Experts(known.sums + own.sums, known.tokens + own.tokens) if known else own
+            )
+    return RawTable(sums, tokens, experts)
 
 
-def add_scores(
+def add_experts(
     table: RawTable,
     unit: int,
     choices: Sequence[Sequence[Scheme]],
-    score: Callable[[Scheme], float],
+    schemes: Sequence[Scheme],
+    sums: Floats,
+    tokens: Floats,
 ) -> None:
-    """Add `score(scheme)` to the unit's row for every scheme that it is offered."""
-    schemes = menu(choices)
-    for scheme in choices[unit]:
-        table.sums[unit, schemes.index(scheme)] += score(scheme)
+    """Note what a unit of experts suffers under some schemes (`sums`, schemes x experts)."""
+    columns = menu(choices)
+    whole = np.array([np.full(len(tokens), 0.0 if s in choices[unit] else np.nan) for s in columns])
+    whole[[columns.index(scheme) for scheme in schemes]] = sums
+    table.experts[unit] = Experts(whole, tokens)
 
 
-def site_error(bank: Bank, unit: Unit, scheme: Scheme, site: Site) -> Tensor:
-    """DW of a site in float32, as the model stores it: what ships less the reference."""
-    shipped = bank.borrow(unit, scheme, site.parameter).float()
-    return shipped - bank.reference(unit)[site.parameter].float()
+def site_error(model: AssembledModel, unit: Unit, scheme: Scheme, site: Site) -> Tensor:
+    """DW of a site in float32, as the model stores it: what ships less the loaded reference."""
+    shipped = model.bank.borrow(unit, scheme, site.parameter).to(model.device)
+    return shipped.float() - model.parameter(site.parameter).detach().float()
+
+
+def by_bytes(unit: Unit, schemes: Sequence[Scheme]) -> list[Scheme]:
+    """The schemes from the largest to the smallest."""
+    from quantization.formats import FORMATS
+
+    def nbytes(scheme: Scheme) -> int:
+        return sum(FORMATS[scheme.weight].nbytes(site.shape) for site in unit.stored)
+
+    return sorted(schemes, key=nbytes, reverse=True)
+
+
+def middle(unit: Unit, schemes: Sequence[Scheme]) -> Scheme:
+    """Of a unit's schemes the middle one by bytes, the larger of two."""
+    choices = by_bytes(unit, lossy(schemes) or schemes)
+    return choices[(len(choices) - 1) // 2]
+
+
+def replaced(
+    schemes: Sequence[Scheme | None] | None, units: int, unit: int, scheme: Scheme
+) -> list[Scheme | None]:
+    """The schemes of all units, but for one."""
+    changed: list[Scheme | None] = [None] * units if schemes is None else list(schemes)
+    changed[unit] = scheme
+    return changed
+
+
+def squared_error(model: AssembledModel, u: int, scheme: Scheme) -> float:
+    """||dW||^2 of a unit whose reference is loaded."""
+    unit = model.bank.layout.units[u]
+    errors = (site_error(model, unit, scheme, site) for site in unit.stored)
+    return sum(float(error.square().sum()) for error in errors)

@@ -1,8 +1,9 @@
 """CPU kernels: PyTorch's own weight-only products, where a format's layout can be brought to theirs.
 
-Both want codes in an order of their own, so each weight is repacked once, from its packed bytes,
-when it is first used, and kept for as long as its `codes` tensor lives: `repacked_bytes` says what
-that costs. Packed weights are never changed in place, so a repacked one never goes stale.
+Both want codes in an order of their own and in whole tiles, so each weight is repacked once, from
+its packed bytes, when it is first used, and kept for as long as its `codes` tensor lives:
+`repacked_bytes` says what that costs. Packed weights are never changed in place, so a repacked one
+never goes stale. What a tile adds in columns meets zeros in the activations; rows are cut off.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantization.formats import FORMATS, Format, Packed
@@ -19,6 +21,7 @@ from quantization.formats.scales import Rounded
 from quantization.kernels.base import Kernel, Product
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TILE = 16
 _repacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -33,9 +36,9 @@ def repacked_bytes(packed: Packed) -> int:
 class Int8Channel(Kernel):
     """`_weight_int8pack_mm`: symmetric int8 with one floating-point scale a row.
 
-    It applies to columns in multiples of 16 (others are read past a row's end in PyTorch 2.13) and
-    rounds the scales to the activations' dtype; bfloat16 scales aren't rounded to float16, whose
-    range is smaller. Codes are repacked to two's complement, a byte a weight.
+    Scales are rounded to the activations' dtype; bfloat16 ones aren't rounded to float16, whose
+    range is smaller. Codes are repacked to two's complement, a byte a weight, with columns in
+    multiples of 16 (others are read past a row's end in PyTorch 2.13).
     """
 
     name = "torch-int8"
@@ -49,8 +52,6 @@ class Int8Channel(Kernel):
         """See the class."""
         if not self.supports(product.format):
             return f"{product.format.name} isn't symmetric int8 with a scale a row"
-        if product.shape[-1] % 16:
-            return f"{product.shape[-1]} columns aren't a multiple of 16"
         return _dtype_refusal(product)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -58,18 +59,19 @@ class Int8Channel(Kernel):
 
         def repack() -> tuple[Tensor, ...]:
             codes, scales = packed.tensors["codes"], packed.tensors["scales"]
-            return (codes ^ 0x80).view(torch.int8), scales.flatten().to(x.dtype)
+            whole = _padded(codes ^ 0x80, columns=TILE)
+            return whole.view(torch.int8), scales.flatten().to(x.dtype)
 
         codes, scales = _kept(packed, x.dtype, repack)
-        return _plus(torch._weight_int8pack_mm(x.contiguous(), codes, scales), bias)
+        return _plus(torch._weight_int8pack_mm(_padded(x, columns=TILE), codes, scales), bias)
 
 
 class Int4Groups(Kernel):
     """`_weight_int4pack_mm_for_cpu`: int4 in groups of 32, 64 or 128, with zero points or without.
 
-    It applies to rows in multiples of 16 and columns in whole groups. PyTorch reads a code as
-    (code - 8) S + B, so a zero point Z becomes B = (8 - Z) S; S and B are rounded to the
-    activations' dtype. Codes are repacked at half a byte a weight.
+    PyTorch reads a code as (code - 8) S + B, so a zero point Z becomes B = (8 - Z) S; S and B are
+    rounded to the activations' dtype. Codes are repacked at half a byte a weight, in whole groups
+    and multiples of 16 rows.
     """
 
     name = "torch-int4"
@@ -84,12 +86,6 @@ class Int4Groups(Kernel):
         format = product.format
         if not self.supports(format):
             return f"{format.name} isn't int4 in groups of 32, 64 or 128"
-        assert isinstance(format, Scaled)
-        assert format.columns
-        if product.shape[-2] % 16 or product.shape[-1] % format.columns:
-            return (
-                f"{product.shape[-2]} x {product.shape[-1]} isn't whole tiles of 16 rows and groups"
-            )
         return _dtype_refusal(product)
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -102,15 +98,16 @@ class Int4Groups(Kernel):
             codes, grid = format.unpack(packed)
             scales = format.scale.load(grid)
             offsets = (8 - grid["zeros"].float()) * scales if format.asymmetric else 0 * scales
-            both = torch.stack([scales.mT, offsets.mT], -1).to(x.dtype).contiguous()
-            tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-            return tiles, both
+            both = torch.stack([_padded(t, rows=TILE).mT for t in (scales, offsets)], -1)
+            whole = _padded(codes.int(), rows=TILE, columns=format.columns)
+            tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+            return tiles, both.to(x.dtype).contiguous()
 
         tiles, both = _kept(packed, x.dtype, repack)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), tiles, format.columns, both
+            _padded(x, columns=format.columns), tiles, format.columns, both
         )
-        return _plus(product, bias)
+        return _plus(product[:, : packed.shape[-2]], bias)
 
 
 def _is_integer(format: Format, bits: int) -> TypeGuard[Scaled]:
@@ -142,6 +139,12 @@ def _kept(
         shared = next((tensors[0] for tensors in kept.values()), codes)
         kept[dtype] = (shared, *rest)
     return kept[dtype]
+
+
+def _padded(matrix: Tensor, rows: int = 1, columns: int = 1) -> Tensor:
+    """The matrix with zeros after its end up to multiples of both; contiguous."""
+    height, width = matrix.shape
+    return functional.pad(matrix, (0, -width % columns, 0, -height % rows)).contiguous()
 
 
 def _plus(product: Tensor, bias: Tensor | None) -> Tensor:

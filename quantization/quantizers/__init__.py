@@ -1,7 +1,7 @@
 """The quantizers that a job can name. A new one is a file beside these and a line below."""
 
 from quantization.quantizers.autoround import AutoRound
-from quantization.quantizers.base import Quantized, Quantizer, needs
+from quantization.quantizers.base import Quantized, Quantizer, needs, rendering
 from quantization.quantizers.clipping import ClippingSearch
 from quantization.quantizers.gptq import GPTQ
 from quantization.quantizers.hqq import HQQ
@@ -19,4 +19,4 @@ for _quantizer in (
 ):
     QUANTIZERS.add(_quantizer.name, _quantizer)
 
-__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "needs"]
+__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "needs", "rendering"]

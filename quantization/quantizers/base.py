@@ -10,6 +10,10 @@ from quantization.errors import QuantizationError
 from quantization.formats import Format, Grid, Packed
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
 
+REVISION = 1
+"""Raise it when a change of formats or quantizers changes what they give: banks and measurements
+of before are then made anew instead of being taken for the same."""
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -69,6 +73,11 @@ class Quantizer(ABC):
 def needs(quantizer: Quantizer, format: Format) -> frozenset[Statistic]:
     """The statistics that a quantizer and a format work with together."""
     return quantizer.needs | format.needs
+
+
+def rendering(quantizer: Quantizer) -> str:
+    """What keys of banks and measurements say of a quantizer: its identity, in this revision."""
+    return quantizer.identity if REVISION == 1 else f"{quantizer.identity}#{REVISION}"
 
 
 def check_finite(weight: Tensor) -> None:

@@ -187,3 +187,10 @@ def test_a_weight_that_cannot_be_quantized_names_its_layer(tiny_folders, tmp_pat
     bank = Bank(checkpoint, layout, RTN, torch.float32, tmp_path / "bank")
     with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.down_proj in int2-g32"):
         bank.build(choices_of(layout))
+
+
+def test_a_new_revision_of_the_quantizers_has_banks_of_its_own(make_bank, monkeypatch):
+    bank = make_bank("llama")
+    monkeypatch.setattr("quantization.quantizers.base.REVISION", 2)
+    newer = Bank(bank.checkpoint, bank.layout, bank.quantizer, bank.dtype)
+    assert newer.folder != bank.folder

@@ -13,6 +13,7 @@ from quantization.quantizers import QUANTIZERS
     ("name", "kernel"),
     [
         ("owq-int4-g64@5%", "part-by-part"),
+        ("owq-int4-g64@1%", "part-by-part"),  # 1267 columns, no whole groups
         ("mixllm-int4-g64-asym@10%", None),  # int8-g64 has no CPU kernel
         ("slim-int3-g64@20%", None),
     ],

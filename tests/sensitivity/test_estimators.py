@@ -6,17 +6,28 @@ import torch
 
 from evaluation.assembly import AssembledModel
 from evaluation.calibration import backward_of_samples
+from evaluation.evaluator import Evaluator
+from quantization.schemes import Scheme
 from sensitivity import ESTIMATORS, Share, menu, merge
 from tests.conftest import choices_of
 
 CPU = torch.device("cpu")
 CHUNKS = np.random.default_rng(1).integers(2, 300, (4, 24))
+ALONE = ("context-marginal", "shapley")  # each share has a random context of its own
 
 
-def whole(name, model, choices):
+def whole(name, model, choices, chunks=CHUNKS):
     estimator = ESTIMATORS[name]
-    shares = estimator.shares(len(choices), len(CHUNKS))
-    return merge(estimator.score(model, CHUNKS, choices, share) for share in shares)
+    shares = estimator.shares(len(choices), len(chunks))
+    return merge(estimator.score(model, chunks, choices, share) for share in shares)
+
+
+def unshrunk(table):
+    """Sums with experts as they were measured."""
+    sums = table.sums.copy()
+    for unit, experts in table.experts.items():
+        sums[unit] += experts.sums.sum(axis=1)
+    return sums
 
 
 @pytest.fixture(params=["llama", "mixtral", "gpt_oss"])
@@ -24,11 +35,47 @@ def model(request, make_bank):
     return AssembledModel(make_bank(request.param), CPU)
 
 
+def inside(layout):
+    return [site for unit in layout.units for site in unit.stored if unit.layer is not None]
+
+
+def by_gradients(model, choices, gradients_of, score):
+    """Tables from plain backward passes: `score` of a unit's gradients and errors, summed."""
+    layout = model.bank.layout
+    model.assign(None)
+    expected = np.zeros((len(choices), len(menu(choices))))
+    for site in inside(layout):
+        model.parameter(site.parameter).requires_grad_(True)
+    for index in range(len(CHUNKS)):
+        gradients_of(index)
+        for u, unit in enumerate(layout.units):
+            for scheme in choices[u] if unit.layer is not None else []:
+                pairs = []
+                for site in unit.stored:
+                    parameter = model.parameter(site.parameter)
+                    dw = model.bank.tensors(unit, scheme)[site.parameter] - parameter.data
+                    pair = parameter.grad.double(), dw.double()
+                    pairs.append(tuple(t.mT for t in pair) if site.transposed else pair)
+                expected[u, menu(choices).index(scheme)] += score(pairs)
+        for site in inside(layout):
+            model.parameter(site.parameter).grad = None
+    for site in inside(layout):
+        model.parameter(site.parameter).requires_grad_(False)
+    return expected
+
+
+def check(table, expected, rel=1e-4):
+    sums = unshrunk(table)
+    offered = ~np.isnan(sums)
+    assert sums[offered] == pytest.approx(expected[offered], rel=rel)
+
+
 def test_output_error_is_the_squared_change_of_the_outputs(make_bank):
     """E || x dW^T ||^2 with x caught by an ordinary hook."""
     model = AssembledModel(make_bank("llama"), CPU)
     layout, choices = model.bank.layout, choices_of(model.bank.layout)
     found = whole("output-error", model, choices).mean()
+    model.assign(None)
     for u, unit in enumerate(layout.units):
         for scheme in choices[u] if unit.layer is not None else []:
             expected = 0.0
@@ -54,71 +101,226 @@ def test_output_error_reaches_packed_experts(model):
     for u, kind in enumerate(kinds):
         offered = ~np.isnan(table.sums[u])
         if kind in ("linear", "experts"):
-            assert (table.sums[u][offered] > 0).all()
+            assert (table.mean()[u][offered] > 0).all()
 
 
 def test_fisher_is_half_the_squared_gradient_times_the_squared_error(model):
+    choices = choices_of(model.bank.layout)
+    expected = by_gradients(
+        model,
+        choices,
+        lambda i: backward_of_samples(model.module, CHUNKS[i], seed=1000 * i),
+        lambda pairs: sum(0.5 * (g**2 * dw**2).sum().item() for g, dw in pairs),
+    )
+    check(whole("fisher", model, choices), expected)
+
+
+def test_row_fisher_squares_the_sums_over_rows(model):
+    choices = choices_of(model.bank.layout)
+    expected = by_gradients(
+        model,
+        choices,
+        lambda i: backward_of_samples(model.module, CHUNKS[i], seed=1000 * i),
+        lambda pairs: sum(0.5 * (g * dw).sum(-1).square().sum().item() for g, dw in pairs),
+    )
+    check(whole("row-fisher", model, choices), expected)
+
+
+def test_kl_fisher_squares_the_sum_over_a_unit(make_bank):
+    """All sites of a unit together, and two probes of different seeds."""
+    model = AssembledModel(make_bank("llama"), CPU)
+    choices = choices_of(model.bank.layout)
+    expected = sum(
+        by_gradients(
+            model,
+            choices,
+            lambda i: backward_of_samples(model.module, CHUNKS[i], seed=1000 * i + probe),  # noqa: B023
+            lambda pairs: 0.25 * sum((g * dw).sum().item() for g, dw in pairs) ** 2,
+        )
+        for probe in range(2)
+    )
+    check(whole("kl-fisher", model, choices), expected, rel=1e-3)
+
+
+def test_mixllm_takes_the_texts_labels_and_the_first_order(make_bank):
+    model = AssembledModel(make_bank("llama"), CPU)
+    choices = choices_of(model.bank.layout)
+
+    def backward(index):
+        ids = torch.from_numpy(CHUNKS[index])
+        logits = model.module(ids[None]).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
+
+    def score(pairs):
+        rows = [(g * dw).sum(-1) for g, dw in pairs]
+        return sum((s + s**2 / 2).abs().sum().item() for s in rows)
+
+    check(whole("mixllm", model, choices), by_gradients(model, choices, backward, score))
+
+
+def test_gradient_weighs_output_errors_by_the_losss_gradient(make_bank):
+    """ModelOpt's form with outputs and their gradients caught by ordinary hooks."""
+    model = AssembledModel(make_bank("llama"), CPU)
     layout, choices = model.bank.layout, choices_of(model.bank.layout)
-    found = whole("fisher", model, choices)
-    names = {
-        site.parameter for unit in layout.units for site in unit.sites if unit.layer is not None
-    }
-    for name in names:
-        model.parameter(name).requires_grad_(True)
-    expected = np.zeros_like(found.sums)
-    for i, ids in enumerate(CHUNKS):
-        backward_of_samples(model.module, ids, seed=i)
+    found = unshrunk(whole("gradient", model, choices))
+    model.assign(None)
+    seen = {}
+
+    def hook(name):
+        def forward(_, args, output):
+            output.retain_grad()
+            seen[name] = args[0], output
+
+        return forward
+
+    sites = inside(layout)
+    model.parameter(sites[0].parameter).requires_grad_(True)  # so that there is a graph
+    for site in sites:
+        model.module.get_submodule(site.name).register_forward_hook(hook(site.name))
+    expected = np.zeros_like(found)
+    for ids in torch.from_numpy(CHUNKS):
+        embedded = model.module.get_input_embeddings()(ids[None]).detach().requires_grad_()
+        logits = model.module(inputs_embeds=embedded).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").backward()
         for u, unit in enumerate(layout.units):
             for scheme in choices[u] if unit.layer is not None else []:
                 for site in unit.stored:
-                    parameter = model.parameter(site.parameter)
-                    dw = model.bank.tensors(unit, scheme)[site.parameter] - parameter.data
-                    score = 0.5 * (parameter.grad.double() ** 2 * dw.double() ** 2).sum()
+                    x, y = seen[site.name]
+                    dw = model.bank.tensors(unit, scheme)[site.parameter]
+                    dw = dw - model.parameter(site.parameter).detach()
+                    score = 0.5 * (y.grad.double() ** 2 * (x @ dw.T).double() ** 2).sum()
                     expected[u, menu(choices).index(scheme)] += score.item()
-        for name in names:
-            model.parameter(name).grad = None
-    for name in names:
-        model.parameter(name).requires_grad_(False)
-    offered = ~np.isnan(found.sums)
-    assert found.sums[offered] == pytest.approx(expected[offered], rel=1e-4)
+    offered = ~np.isnan(found)
+    assert found[offered] == pytest.approx(expected[offered], rel=1e-3)
+
+
+def measured(evaluator, schemes, chunks):
+    return sum(evaluator.measure(schemes, ids).kl_sum for ids in chunks)
+
+
+def at(layout, changes):
+    """The float32 reference but for some units; its bank holds no bf16 beside the embedding's."""
+    schemes = [None] * len(layout.units)
+    for u, scheme in changes.items():
+        schemes[u] = scheme
+    return schemes
+
+
+@pytest.fixture
+def evaluator(make_bank):
+    return Evaluator(make_bank("llama"), CPU)
+
+
+def test_flips_are_what_the_evaluator_measures(evaluator):
+    """Restarting a pass at the changed block changes nothing."""
+    layout, choices = evaluator.bank.layout, choices_of(evaluator.bank.layout)
+    table = whole("flips", evaluator.model, choices)
+    for u in (1, 4, len(choices) - 2):
+        for scheme in choices[u]:
+            expected = measured(evaluator, at(layout, {u: scheme}), CHUNKS[:2])
+            assert table.sums[u, menu(choices).index(scheme)] == pytest.approx(expected, rel=1e-3)
+
+
+def test_flips_from_a_quantized_base_add_up_to_the_base(evaluator):
+    layout, choices = evaluator.bank.layout, choices_of(evaluator.bank.layout)
+    table = whole("flips-quantized", evaluator.model, choices)
+    base = {u: row[len(row) // 2] for u, row in enumerate(choices)}  # embedding and head in bf16
+    column = menu(choices).index(base[4])
+    level = measured(evaluator, at(layout, base), CHUNKS[:2])
+    assert np.nansum(table.sums[:, column]) == pytest.approx(level, rel=1e-3)
+    changed = measured(evaluator, at(layout, {**base, 4: choices[4][0]}), CHUNKS[:2])
+    own = table.sums[4, menu(choices).index(choices[4][0])] - table.sums[4, column]
+    assert own == pytest.approx(changed - level, rel=1e-2)
+
+
+def test_marginals_of_a_walk_add_up_to_the_loss_of_its_ends(evaluator):
+    """Efficiency: each uniform map's scores are its measured loss."""
+    layout, choices = evaluator.bank.layout, choices_of(evaluator.bank.layout)
+    table = whole("shapley", evaluator.model, choices)
+    for column, scheme in enumerate(menu(choices)[1:], 1):
+        uniform = {u: scheme for u, row in enumerate(choices) if len(row) > 1}
+        expected = measured(evaluator, at(layout, uniform), CHUNKS)
+        assert np.nansum(table.sums[:, column]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_context_marginals_stand_on_a_quantized_upstream(evaluator):
+    from sensitivity.context_marginal import random_context
+
+    layout, choices = evaluator.bank.layout, choices_of(evaluator.bank.layout)
+    share = Share((0, len(choices)), (0, 1))
+    table = ESTIMATORS["context-marginal"].score(evaluator.model, CHUNKS, choices, share)
+    context = random_context(choices, seed=0)
+    u = next(u for u, unit in enumerate(layout.units) if unit.layer == 1)
+    upstream = {i: context[i] for i in range(u) if layout.units[i].layer == 0}
+    without = measured(evaluator, at(layout, upstream), CHUNKS[:1])
+    within = [i for i, unit in enumerate(layout.units) if unit.layer == 1 and i != u]
+    company = {**upstream, **{i: context[i] for i in within}}
+    without = measured(evaluator, at(layout, company), CHUNKS[:1])
+    for scheme in choices[u]:
+        expected = measured(evaluator, at(layout, {**company, u: scheme}), CHUNKS[:1]) - without
+        column = menu(choices).index(scheme)
+        assert table.sums[u, column] == pytest.approx(expected, rel=2e-2, abs=1e-4 * without)
+
+
+def test_higgs_is_linear_in_the_relative_squared_error(evaluator):
+    """And right for noise like that which it was fitted on: KL is near quadratic in its size."""
+    from sensitivity.base import squared_error
+
+    layout, choices = evaluator.bank.layout, choices_of(evaluator.bank.layout)
+    table = whole("higgs", evaluator.model, choices)
+    evaluator.model.assign(None)
+    for u in (1, 5):
+        errors = [squared_error(evaluator.model, u, scheme) for scheme in choices[u]]
+        rates = [
+            table.sums[u, menu(choices).index(s)] / e
+            for s, e in zip(choices[u], errors, strict=True)
+        ]
+        assert rates == pytest.approx([rates[0]] * len(rates), rel=1e-6)
+        expected = measured(evaluator, at(layout, {u: choices[u][1]}), CHUNKS[:2])
+        assert 0.4 < table.sums[u, menu(choices).index(choices[u][1])] / expected < 2.5
 
 
 @pytest.mark.parametrize("name", list(ESTIMATORS))
 def test_shares_add_up_to_the_whole(make_bank, name):
     model = AssembledModel(make_bank("llama"), CPU)
     choices = choices_of(model.bank.layout)
-    units, chunks = len(choices), len(CHUNKS)
-    in_one = ESTIMATORS[name].score(model, CHUNKS, choices, Share((0, units), (0, chunks)))
-    in_shares = whole(name, model, choices)
+    shares = ESTIMATORS[name].shares(len(choices), len(CHUNKS))
+    end = 1 if name in ALONE else max(share.chunks[1] for share in shares)
+    in_one = ESTIMATORS[name].score(model, CHUNKS, choices, Share((0, len(choices)), (0, end)))
+    cut = [Share(part, (c, c + 1)) for c in range(end) for part in ((0, 3), (3, len(choices)))]
+    if name in ("shapley", "hessian-trace"):  # a walk, and a random direction, take all units
+        cut = [Share((0, len(choices)), (c, c + 1)) for c in range(end)]
+    if name == "weight-error":
+        cut = [Share(part, (0, len(CHUNKS))) for part in ((0, 3), (3, len(choices)))]
+    in_shares = merge(ESTIMATORS[name].score(model, CHUNKS, choices, share) for share in cut)
     assert in_shares.tokens == pytest.approx(in_one.tokens)
-    assert in_shares.sums == pytest.approx(in_one.sums, rel=1e-5, nan_ok=True)
+    assert in_shares.sums == pytest.approx(in_one.sums, rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", list(ESTIMATORS))
 def test_scores_fall_with_bits_and_leave_the_model_as_it_was(make_bank, name):
     model = AssembledModel(make_bank("llama"), CPU)
     choices = choices_of(model.bank.layout)
+    model.assign(None)
     before = {n: p.clone() for n, p in model.module.named_parameters()}
     table = whole(name, model, choices).mean()
     rows = table[[u.layer is not None for u in model.bank.layout.units]][:, 1:]
-    assert (np.diff(rows, axis=1) < 0).all()
+    assert (np.diff(rows, axis=1) < 0).mean() > (0.9 if "kl-fisher" in name else 0.99)
+    model.assign(None)
     assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
     assert not any(p.requires_grad for p in model.module.parameters())
     assert all(p.grad is None for p in model.module.parameters())
 
 
-def test_fisher_predicts_the_loss_of_small_perturbations(make_bank):
+@pytest.mark.parametrize("name", ["fisher", "kl-fisher", "kl-fisher-gaussian", "row-fisher"])
+def test_second_order_predicts_the_loss_of_small_perturbations(evaluator, name):
     """At 8 bits the second order is nearly all: predicted KL is measured KL, within sampling."""
-    from evaluation.evaluator import Evaluator
-    from quantization.schemes import Scheme
-
-    evaluator = Evaluator(make_bank("llama"), CPU)
-    layout = evaluator.bank.layout
-    choices = choices_of(layout)
-    table = whole("fisher", evaluator.model, choices).mean()
+    layout, choices = evaluator.bank.layout, choices_of(evaluator.bank.layout)
+    chunks = np.random.default_rng(2).integers(2, 300, (16, 24))
+    table = whole(name, evaluator.model, choices, chunks).mean()
     column = menu(choices).index(Scheme("int8-channel"))
     predicted = np.nansum(table[:, column])
     schemes = [row[-1] for row in choices]
-    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
-    measured = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
-    assert 0.3 < predicted / measured < 3
+    losses = [evaluator.measure(schemes, ids) for ids in chunks]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    assert 0.4 < predicted / kl < 2.5

@@ -1,0 +1,227 @@
+"""What estimators from gradients by weights share: one backward pass, all schemes from it.
+
+Legend: S schemes, P backward passes (chunks times probes), R rows, C columns, E experts.
+
+A task goes through the blocks once, last one first, and holds the gradients of one block by all of
+its P passes. Each estimator only says what a gradient and an error make together (`contract`) and
+what the sums over a unit's weights make of its score (`total`).
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evaluation.assembly import AssembledModel
+from evaluation.passes import Passes, Probe, sampled_labels
+from evaluation.tap import Tap
+from quantization.schemes import Scheme
+from quantization.units import Site
+from sensitivity.base import (
+    Estimator,
+    RawTable,
+    Share,
+    Work,
+    add_experts,
+    empty_table,
+    lossy,
+    menu,
+    split,
+)
+
+CHUNKS_A_TASK = 4
+SLICE = 2**18  # weights at a time: temporaries stay in cache
+
+
+class WeightGradient(Estimator):
+    """Scores from gradients by weights.
+
+    Attributes:
+        probe: what is differentiated.
+        probes: backward passes a chunk.
+    """
+
+    probe: Probe = staticmethod(sampled_labels)
+    probes = 1
+
+    @abstractmethod
+    def contract(self, errors_SRC: Tensor, gradients_PRC: Tensor) -> Tensor:
+        """S x P numbers of some whole rows (float32), to be added up over a unit."""
+
+    @abstractmethod
+    def total(self, contracted_SP: Tensor) -> Tensor:
+        """A unit's S scores, summed over the tokens of all passes."""
+
+    def shares(self, units: int, chunks: int) -> list[Share]:
+        """All units for a range of chunks: a backward pass reaches them all."""
+        return [Share((0, units), part) for part in split(chunks, -(-chunks // CHUNKS_A_TASK))]
+
+    def forecast_bytes(self, choices: Sequence[Sequence[Scheme]], share: Share, work: Work) -> int:
+        """See `Estimator.forecast_bytes`."""
+        chunks = share.chunks[1] - share.chunks[0]
+        passes = chunks * self.probes
+        states = (work.blocks + 1 + self.probes) * chunks * work.states_bytes
+        block = work.largest_block * work.itemsize * (1 + passes)
+        errors = len(menu(choices)) * work.largest_site * work.itemsize
+        return (
+            work.outer_bytes + states + block + errors
+            + work.activations_bytes + (3 + self.probes) * work.logits_bytes
+        )  # fmt: skip
+
+    def score(
+        self,
+        model: AssembledModel,
+        chunks: NDArray[np.int64],
+        choices: Sequence[Sequence[Scheme]],
+        share: Share,
+    ) -> RawTable:
+        """See `Estimator.score`."""
+        table = empty_table(choices)
+        own = chunks[slice(*share.chunks)]
+        table.tokens[slice(*share.units)] = own.size
+        passes = Passes(model, own, share.chunks[0])
+        wanted = [
+            [u for u in units if u in range(*share.units) and lossy(choices[u])]
+            for units in passes.blocks.units
+        ]
+        passes.forward()
+        stop = next((i for i, units in enumerate(wanted) if units), len(wanted))
+        counts = _Counts(model)
+
+        @contextmanager
+        def watch(index: int) -> Iterator[list[Tensor]]:
+            sites = _sites(model, wanted[index])
+            with counts.of(sites):
+                yield [model.parameter(site.parameter) for site in sites]
+
+        held: list[tuple[Tensor, ...]] = []
+        with _differentiable(model, [u for units in wanted for u in units]):
+            for index, c, found in passes.backward(self.probe, self.probes, watch, stop):
+                held += found
+                if c + 1 == len(own):
+                    self._add(table, model, choices, wanted[index], held, counts)
+                    held = []
+        self._add_outer(table, model, choices, share, passes)
+        return table
+
+    def _add(
+        self,
+        table: RawTable,
+        model: AssembledModel,
+        choices: Sequence[Sequence[Scheme]],
+        units: Sequence[int],
+        held: Sequence[tuple[Tensor, ...]],
+        counts: "_Counts",
+    ) -> None:
+        """Turn the gradients of some units by all passes (in the order of their sites) into scores."""
+        columns = menu(choices)
+        place = 0
+        for u in units:
+            unit, schemes = model.bank.layout.units[u], lossy(choices[u])
+            at = [columns.index(scheme) for scheme in schemes]
+            contracted = None
+            for site in unit.stored:
+                gradients = [passed[place] for passed in held]
+                place += 1
+                own = self._contracted(model, u, site, schemes, gradients)
+                contracted = own if contracted is None else contracted + own
+            assert contracted is not None
+            scores = torch.stack([self.total(expert) for expert in contracted], 1)  # S x E
+            if unit.kind == "experts":
+                seen = counts.tokens[unit.stored[0].name]
+                add_experts(table, u, choices, schemes, scores.numpy(), seen)
+            else:
+                table.sums[u, at] += scores.sum(1).numpy()
+
+    def _contracted(
+        self,
+        model: AssembledModel,
+        u: int,
+        site: Site,
+        schemes: Sequence[Scheme],
+        gradients: Sequence[Tensor],
+    ) -> Tensor:
+        """E x S x P, E being 1 for a plain matrix."""
+        bank, unit = model.bank, model.bank.layout.units[u]
+
+        def matrices(tensor: Tensor) -> Tensor:
+            tensor = tensor.mT if site.transposed else tensor
+            return tensor if tensor.dim() == 3 else tensor[None]
+
+        exact = matrices(model.parameter(site.parameter).detach())
+        shipped = [matrices(bank.borrow(unit, s, site.parameter)) for s in schemes]
+        given = [matrices(gradient) for gradient in gradients]
+        found = []
+        experts, rows, columns = exact.shape
+        step = max(1, SLICE // columns)
+        for e in range(experts):
+            total = torch.zeros(len(schemes), len(given), dtype=torch.float64)
+            for r in range(0, rows, step):
+                part = slice(r, r + step)
+                reference = exact[e, part].float()
+                errors = torch.stack([s[e, part].to(reference) - reference for s in shipped])
+                passed = torch.stack([g[e, part].float() for g in given])
+                total += self.contract(errors, passed).double().cpu()
+            found.append(total)
+        return torch.stack(found)
+
+    def _add_outer(
+        self,
+        table: RawTable,
+        model: AssembledModel,
+        choices: Sequence[Sequence[Scheme]],
+        share: Share,
+        passes: Passes,
+    ) -> None:
+        """Embedding and head, where the menu opens them: their gradients a chunk at a time."""
+        open_ = [u for u in passes.blocks.outer if u in range(*share.units) and lossy(choices[u])]
+        if not open_:
+            return
+        parameters = [model.parameter(site.parameter) for site in _sites(model, open_)]
+        with _differentiable(model, open_):
+            for _, found in passes.outer(self.probe, self.probes, parameters):
+                self._add(table, model, choices, open_, found, _Counts(model))
+
+
+def _sites(model: AssembledModel, units: Sequence[int]) -> list[Site]:
+    return [site for u in units for site in model.bank.layout.units[u].stored]
+
+
+@contextmanager
+def _differentiable(model: AssembledModel, units: Sequence[int]) -> Iterator[None]:
+    """Let passes differentiate by the weights of some units."""
+    parameters = [model.parameter(site.parameter) for site in _sites(model, units)]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+class _Counts:
+    """Tokens that each expert saw, by site."""
+
+    def __init__(self, model: AssembledModel) -> None:
+        self._model = model
+        self.tokens: dict[str, NDArray[np.float64]] = {}
+
+    @contextmanager
+    def of(self, sites: Sequence[Site]) -> Iterator[None]:
+        """Count within a block's run."""
+        packed = [site for site in sites if len(site.shape) == 3]
+        if not packed:
+            yield
+            return
+        for site in packed:
+            self.tokens.setdefault(site.name, np.zeros(site.shape[0]))
+        with Tap(self._model.module, packed, self._add):
+            yield
+
+    def _add(self, site: Site, expert: int, inputs: Tensor, outputs: Tensor) -> None:
+        self.tokens[site.name][expert] += inputs.numel() // inputs.shape[-1]

@@ -28,6 +28,10 @@ StoreOption = Annotated[
     str | None,
     typer.Option("--store", metavar="URL", help="SQLAlchemy URL. Default: $BITFRONT_STORE."),
 ]
+AddressOption = Annotated[
+    str, typer.Option(help="Ray cluster's address; 'local' starts one, 'none' uses no Ray.")
+]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="How many model replicas.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -88,6 +92,10 @@ def search(
     bank: Annotated[
         str | None, typer.Option(help="What workers keep of each scheme: auto, values or packed.")
     ] = None,
+    estimators: Annotated[
+        str | None,
+        typer.Option(help="Sensitivity by these, comma-separated; auto: the model's audited best."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Arithmetic: auto, bfloat16 or float32.")
     ] = None,
@@ -95,10 +103,8 @@ def search(
         str | None, typer.Option(help="Rescale channels first: awq or smoothquant.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random controls.")] = None,
-    address: Annotated[
-        str, typer.Option(help="Ray cluster's address; 'local' starts one, 'none' uses no Ray.")
-    ] = "local",
-    workers: Annotated[int | None, typer.Option(min=1, help="How many model replicas.")] = None,
+    address: AddressOption = "local",
+    workers: WorkersOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print units, menu, sizes and measurements only.")
     ] = False,
@@ -120,6 +126,7 @@ def search(
         "quantizer": quantizer,
         "imatrix": imatrix,
         "bank": bank,
+        "estimators": estimators.split(",") if estimators else None,
         "dtype": dtype,
         "transform": transform,
         "seed": seed,
@@ -130,6 +137,47 @@ def search(
         print_plan(job, as_json)
     else:
         run(job, _open(store), address, workers, as_json)
+
+
+@app.command()
+def audit(
+    job: JobArgument = None,
+    estimators: Annotated[
+        str | None, typer.Option(help="Names, comma-separated. Default: all that there are.")
+    ] = None,
+    maps: Annotated[int, typer.Option(min=3, help="Random maps of all sizes.")] = 50,
+    equal_maps: Annotated[int, typer.Option(min=0, help="Random maps of each equal size.")] = 30,
+    between: Annotated[
+        str | None, typer.Option(help="Average bits of the maps of all sizes: 3,5.")
+    ] = None,
+    equal_bits: Annotated[
+        str | None, typer.Option(help="The equal sizes, in average bits: 3.25,4.25.")
+    ] = None,
+    flips: Annotated[int, typer.Option(min=0, help="Single flips.")] = 30,
+    address: AddressOption = "local",
+    workers: WorkersOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how well each sensitivity estimator predicts, on JOB's model, menu and texts.
+
+    The best becomes the default of later searches of this model. Run again to resume.
+    """
+    from bitfront.auditing import AuditOptions
+    from bitfront.searching import audit as run
+
+    ends = _numbers(between)
+    if ends is not None and len(ends) != 2:
+        raise BitfrontError(f"--between takes two numbers such as 3,5, not '{between}'")
+    options = AuditOptions(
+        tuple(estimators.split(",")) if estimators else (),
+        maps,
+        equal_maps,
+        flips,
+        (ends[0], ends[1]) if ends else None,
+        tuple(_numbers(equal_bits) or ()),
+    )
+    run(_open(store), job, options, address, workers, as_json)
 
 
 @app.command()

@@ -108,25 +108,11 @@ def _formats(scheme: str) -> tuple[str, str]:
 
 def _with_model(store: Store, front: Front, point: Point, precision_map: PrecisionMap) -> Export:
     """Rebuild the candidate from the bank, and find the chunks that it was measured on."""
-    from bitfront.config import JobConfig
     from bitfront.pipeline import spec_of
-    from bitfront.plan import PACKED, make_plan
+    from bitfront.plan import plan_again
     from workers.session import Session
 
-    config = JobConfig.model_validate(front.job.config)
-    # what the arithmetic was tells the statistics apart, and so the folded model
-    same = {"revision": front.model.revision, "dtype": front.job.facts["dtype"]}
-    plan = make_plan(config.model_copy(update=same))
-    if plan.checkpoint.weights_hash != front.job.weights_hash:
-        raise ExportError(
-            f"the model at '{plan.checkpoint.name}' has changed since job {front.job.id}; "
-            "search again"
-        )
-    if plan.quantizer.removesuffix(PACKED) != front.job.facts["quantizer"].removesuffix(PACKED):
-        raise ExportError(
-            f"quantizer or calibration have changed since job {front.job.id}: it measured "
-            f"{front.job.facts['quantizer']}, and this would be {plan.quantizer}; search again"
-        )
+    plan = plan_again(front.job, front.model)
     spec = replace(spec_of(plan, None), threads=os.cpu_count() or 1, packed=False)
     session = Session(spec)
     text = plan.texts["heldout"]

@@ -6,7 +6,7 @@ same path, and computes only what is missing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,13 @@ from bitfront.fronts import losses, reference_hash
 from bitfront.plan import Plan
 from bitfront.progress import Progress
 from bitfront.proposals import propose
+from evaluation.arithmetic import DTYPES
 from evaluation.texts import Text
 from quantization.errors import BitfrontError, MeasurementError
 from search.calibration import Calibration, fit_gain
 from search.errors import SearchError
 from search.problem import Problem
-from sensitivity import ESTIMATORS, RawTable, merge
+from sensitivity import ESTIMATORS, Experts, MeasuredMap, RawTable, Share, Work, merge
 from store.database import Store
 from store.queries import (
     QualityKey,
@@ -82,7 +83,7 @@ def run_search(
     Raises:
         BitfrontError: with what was measured safely in the store.
     """
-    job = _open_job(plan, store)
+    job = open_planned(plan, store)
     if job.state == "done":
         return job.id
     try:
@@ -102,16 +103,20 @@ def _run_stages(run: Run) -> None:
     with run.progress.stage(BANK, 1, BANK_WEIGHT) as advance:
         for _ in _values(run, [Task("prepare")]):
             advance(1)
-    _measure_reference(run)  # before the bank is mapped: it holds a float32 model for a moment
-    problems = {name: plan.problem(_raw_table(run, name)) for name in config.estimators}
+    measure_reference(run)  # before the bank is mapped: it holds a float32 model for a moment
+    problems = {name: plan.problem(score(run, name).mean) for name in config.estimators}
     candidates = _propose(run, problems)
     search = plan.texts["search"]
-    _measure(run, candidates, search, SEARCH)
+
+    def failed(candidate: Candidate) -> None:
+        save_candidates(run.store, [candidate])
+
+    measure(run, candidates, search, SEARCH, failed)
     candidates = _calibrate(run, candidates, problems)
     finalists = _choose_finalists(run, candidates)
     save_candidates(run.store, candidates)
     heldout = plan.texts["heldout"]
-    _measure(run, finalists, heldout, HELDOUT)
+    measure(run, finalists, heldout, HELDOUT, failed)
     if not losses(run.store, run.quality, finalists, heldout.hashes):
         reasons = sorted({c.failure for c in candidates if c.failure})
         raise MeasurementError(f"no candidate could be measured: {'; '.join(reasons)}")
@@ -134,7 +139,8 @@ def _expected_work(plan: Plan) -> dict[str, float]:
     return work
 
 
-def _open_job(plan: Plan, store: Store) -> Job:
+def open_planned(plan: Plan, store: Store) -> Job:
+    """The plan's job in the store, new or known, with what the plan knows of it."""
     checkpoint = plan.checkpoint
     save_model(
         store,
@@ -185,8 +191,23 @@ def _values(run: Run, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         yield outcome.task, outcome.value
 
 
-def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
-    """The mean raw table of an estimator, from the store where shares of it are there."""
+@dataclass(frozen=True)
+class Scores:
+    """An estimator's table over the whole calibration text.
+
+    Args:
+        mean: units x schemes, raw scores per token.
+        experts: by unit, how many tokens each expert saw.
+        seconds: of all tasks together, stored ones with what they took at the time.
+    """
+
+    mean: NDArray[np.float64]
+    experts: dict[int, list[float]]
+    seconds: float
+
+
+def score(run: Run, estimator: str) -> Scores:
+    """Run an estimator, but for the shares of its table that the store has."""
     plan = run.plan
     text = plan.texts["calibration"]
     shares = ESTIMATORS[estimator].shares(len(plan.layout.units), len(text.ids))
@@ -202,9 +223,12 @@ def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
     missing = [share for share in shares if share not in found]
     with run.progress.stage(f"sensitivity: {estimator}", len(missing), ESTIMATE_WEIGHT) as advance:
         tasks = [
-            Task("estimate", {"estimator": estimator, "chunks": text.ids, "share": s}, label=s)
+            Task(
+                "estimate", {"estimator": estimator, "chunks": text.ids, "share": s}, label=s,
+                memory_bytes=forecast_bytes(plan, estimator, s),
+            )
             for s in missing
-        ]
+        ]  # fmt: skip
         for outcome in run.pool.run(tasks):
             if outcome.error:
                 raise outcome.error
@@ -212,7 +236,8 @@ def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
             found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
             save_share(run.store, found[share])
             advance(1)
-    table = merge(_table(found[share]) for share in shares).mean()
+    whole = merge(_table(found[share]) for share in shares)
+    table = whole.mean()
     bad = ~np.isfinite(table) & plan.offered
     if bad.any():
         unit = plan.layout.units[int(np.argwhere(bad)[0][0])].name
@@ -220,21 +245,43 @@ def _raw_table(run: Run, estimator: str) -> NDArray[np.float64]:
             f"the estimator {estimator} has no finite score for {unit} (and {int(bad.sum()) - 1} "
             "other entries); try --dtype float32, or leave it out of the job's estimators"
         )
-    return table
+    experts = {unit: own.tokens.tolist() for unit, own in whole.experts.items()}
+    return Scores(table, experts, sum(found[share].seconds for share in shares))
+
+
+def forecast_bytes(plan: Plan, estimator: str, share: Share) -> int:
+    """The memory that a task of an estimator will need on a worker."""
+    itemsize = DTYPES[plan.dtype].itemsize
+    work = Work(plan.layout, plan.texts["calibration"].ids.shape[1], itemsize)
+    return ESTIMATORS[estimator].forecast_bytes(plan.choices, share, work)
 
 
 def _share_row(
     key: str, estimator: str, provenance: dict[str, str], table: RawTable, seconds: float
 ) -> SensitivityShare:
-    sums = [[None if np.isnan(x) else float(x) for x in row] for row in table.sums]
+    experts = {
+        str(unit): {"sums": _plain(own.sums), "tokens": own.tokens.tolist()}
+        for unit, own in table.experts.items()
+    }
     return SensitivityShare(
-        key=key, estimator=estimator, provenance=provenance,
-        sums=sums, tokens=table.tokens.tolist(), seconds=seconds,
+        key=key, estimator=estimator, provenance=provenance, sums=_plain(table.sums),
+        tokens=table.tokens.tolist(), experts=experts,
+        maps=[asdict(measured) for measured in table.maps], seconds=seconds,
     )  # fmt: skip
 
 
+def _plain(sums: NDArray[np.float64]) -> list[list[float | None]]:
+    """As JSON has it: no NaN."""
+    return [[None if np.isnan(x) else float(x) for x in row] for row in sums]
+
+
 def _table(row: SensitivityShare) -> RawTable:
-    return RawTable(np.array(row.sums, dtype=np.float64), np.array(row.tokens))
+    experts = {
+        int(unit): Experts(np.array(own["sums"], dtype=np.float64), np.array(own["tokens"]))
+        for unit, own in (row.experts or {}).items()
+    }
+    maps = tuple(MeasuredMap(**{**m, "choice": tuple(m["choice"])}) for m in row.maps or ())
+    return RawTable(np.array(row.sums, dtype=np.float64), np.array(row.tokens), experts, maps)
 
 
 def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
@@ -247,8 +294,17 @@ def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
     return candidates
 
 
-def _measure(run: Run, candidates: Sequence[Candidate], text: Text, label: str) -> None:
-    """Measure candidates on all chunks of a text, but for what the store has."""
+def measure(
+    run: Run,
+    candidates: Sequence[Candidate],
+    text: Text,
+    label: str,
+    failed: Callable[[Candidate], None] = lambda _: None,
+) -> None:
+    """Measure candidates on all chunks of a text, but for what the store has.
+
+    One that can't be measured gets its `failure`, and `failed` is told.
+    """
     tasks = []
     known = measurements(
         run.store,
@@ -266,7 +322,7 @@ def _measure(run: Run, candidates: Sequence[Candidate], text: Text, label: str) 
             candidate, chunk = outcome.task.label
             if isinstance(outcome.error, MeasurementError):
                 candidate.failure = str(outcome.error)
-                save_candidates(run.store, [candidate])
+                failed(candidate)
             elif outcome.error:
                 raise outcome.error
             else:
@@ -274,7 +330,7 @@ def _measure(run: Run, candidates: Sequence[Candidate], text: Text, label: str) 
             advance(1)
 
 
-def _measure_reference(run: Run) -> None:
+def measure_reference(run: Run) -> None:
     """The unquantized model's own likelihood on held-out text, and the arithmetic's noise."""
     text = run.plan.texts["heldout"]
     keys = {chunk: run.quality.of(run.reference_hash, chunk) for chunk in text.hashes}

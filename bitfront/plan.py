@@ -32,7 +32,10 @@ from search.errors import InfeasibleBudgetError
 from search.problem import Problem
 from sensitivity import ESTIMATORS, menu
 from store.queries import key_of
+from store.tables import Job, Model
 
+AUTO = "auto"
+"""In the place of an estimator: the best of the model's audit."""
 MEMORY_SHARE = 0.5
 PACKED = ", packed"
 
@@ -77,6 +80,14 @@ class Plan:
     def open_units(self) -> NDArray[np.bool_]:
         """The units that the search decides."""
         return np.array([len(row) > 1 for row in self.choices])
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Weight bytes outside the units that the search decides."""
+        closed = ~self.open_units
+        table = self.bytes_table[closed]
+        pinned = table.max(axis=1, initial=0, where=self.offered[closed])
+        return int(pinned.sum()) + self.other_bytes
 
     @property
     def quantizable_numel(self) -> int:
@@ -147,7 +158,8 @@ def make_plan(config: JobConfig) -> Plan:
     pins = {pattern: Scheme.parse(name) for pattern, name in config.menu.pinned.items()}
     QUANTIZERS[config.quantizer]
     for estimator in config.estimators:
-        ESTIMATORS[estimator]
+        if estimator != AUTO:
+            ESTIMATORS[estimator]
     if config.transform:
         TRANSFORMS[config.transform]
     dtype, reason = choose_dtype(config.dtype)
@@ -185,6 +197,28 @@ def make_plan(config: JobConfig) -> Plan:
         plan, budgets=_budgets(plan), imatrix=_imported(config, plan), packed=_packed(config, plan)
     )
     return _transformed(plan, config.transform) if config.transform else plan
+
+
+def plan_again(job: Job, model: Model) -> Plan:
+    """The plan of a job of the store.
+
+    Raises:
+        ConfigError: its model, quantizer or calibration isn't what it was.
+    """
+    config = JobConfig.model_validate(job.config)
+    # what the arithmetic was tells the statistics apart, and so the folded model
+    same = {"revision": model.revision, "dtype": job.facts["dtype"]}
+    plan = make_plan(config.model_copy(update=same))
+    if plan.checkpoint.weights_hash != job.weights_hash:
+        raise ConfigError(
+            f"the model at '{plan.checkpoint.name}' has changed since job {job.id}; search again"
+        )
+    if plan.quantizer.removesuffix(PACKED) != job.facts["quantizer"].removesuffix(PACKED):
+        raise ConfigError(
+            f"quantizer or calibration have changed since job {job.id}: it measured "
+            f"{job.facts['quantizer']}, and this would be {plan.quantizer}; search again"
+        )
+    return plan
 
 
 def _imported(config: JobConfig, plan: Plan) -> Imported | None:
@@ -274,15 +308,7 @@ def _check_pins(config: JobConfig, layout: Layout) -> None:
 
 def _budgets(plan: Plan) -> tuple[int, ...]:
     """The job's budgets in weight bytes, checked against the smallest map."""
-    table = plan.bytes_table
-    fixed = (
-        int(
-            table[~plan.open_units]
-            .max(axis=1, initial=0, where=plan.offered[~plan.open_units])
-            .sum()
-        )
-        + plan.other_bytes
-    )
+    table, fixed = plan.bytes_table, plan.fixed_bytes
     wanted = [fixed + int(bits * plan.quantizable_numel / 8) for bits in plan.config.budgets]
     wanted += plan.config.budgets_bytes
     smallest = plan.other_bytes + plan.problem(np.zeros(table.shape)).smallest(

@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from bitfront.audit_views import audit_remarks, calibration_figure, ranked
 from bitfront.fronts import Front, Point
 from bitfront.sizes import show_bytes
 from quantization.errors import ExportError
@@ -49,7 +50,7 @@ def write_report(front: Front, path: Path) -> None:
 <h2>Bits by layer</h2>
 <p class="muted">Effective bits, scales included, for each unit of a map; choose a map above the
 figure.</p>{divs[1]}
-<h2>All points</h2>{_table(front)}
+{_audit(front)}<h2>All points</h2>{_table(front)}
 <p class="muted">{escape(_method(front))}</p>
 </body></html>
 """
@@ -220,13 +221,37 @@ def _method(front: Front) -> str:
         f"Student's t over chunks. Quantizer {facts['quantizer']}, arithmetic {facts['dtype']}."
     )
     if transform := facts.get("transform"):
-        words += f" Channels rescaled by {transform} before quantization, which changes no output."
+        words += f" Channels rescaled by {transform} before quantization, which changes no output but for rounding."
     if fit:
         words += (
             f" Predictions: {facts['predicts']}, gain {fit['gain']:.3g} fitted on {fit['maps']} "
             f"maps of the search text, residual {fit['residual']:.2g} (log)."
         )
     return words
+
+
+def _audit(front: Front) -> str:
+    """How well predictions of this model were found to rank maps, if that was audited."""
+    audit = front.job.facts.get("audit")
+    if not audit:
+        return ""
+    figure = calibration_figure(audit, INK, [ACCENT, CONTROL, MUTED, "#15803d", "#7c3aed"])
+    head = ("estimator", "Spearman, all sizes", "Spearman, equal size", "Kendall", "seconds")
+    rows = "".join(
+        f"<tr><td>{escape(entry['name'])}</td>"
+        + "".join(
+            f"<td>{'' if value is None else f'{value:.3f}'}</td>"
+            for value in (entry["spearman"], entry["spearman_equal_bits"], entry["kendall"])
+        )
+        + f"<td>{entry['seconds']:.0f}</td></tr>"
+        for entry in ranked(audit)
+    )
+    div = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False})
+    remarks = "".join(f"<li>{escape(line)}</li>" for line in audit_remarks(audit))
+    return f"""<h2>Predictions audited against measurements</h2>
+<p class="muted">Random maps, measured on the search text; choose estimators in the legend.</p>{div}
+<table><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr>{rows}</table><ul>{remarks}</ul>
+"""
 
 
 def _findings(front: Front) -> str:

@@ -1,44 +1,45 @@
-"""What `search` does: plan, run or resume, print the front."""
+"""What `search` and `audit` do: plan, run or resume, print the front or the verdicts."""
 
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
-from bitfront.config import JobConfig
+from bitfront.audit_views import audit_json, audit_remarks, audit_table
+from bitfront.auditing import AuditOptions, estimators_for, resolved, run_audit
+from bitfront.config import ConfigError, JobConfig
 from bitfront.console import errors, front_table, print_json, print_table
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import Plan, make_plan
+from bitfront.plan import AUTO, Plan, make_plan, plan_again
 from bitfront.progress import Lines, RichProgress
 from bitfront.sizes import show_bytes
 from search.controls import uniform
 from store.database import Store
-from store.queries import find_job
+from store.queries import find_job, find_model
 from workers.pool import InProcessPool, Pool
 from workers.session import SessionSpec
 
 NO_RAY = "none"
+READING = "reading the model (a GGUF file is imported once, in half a minute)"
 
 
 def run(config: JobConfig, store: Store, address: str, workers: int | None, as_json: bool) -> None:
     """Run a job to its end and print its front."""
     start = time.monotonic()
-
-    def open_pool(spec: SessionSpec) -> Pool:
-        if address == NO_RAY:
-            return InProcessPool(replace(spec, threads=os.cpu_count() or 1))
-        from workers.ray_pool import RayPool
-
-        return RayPool(spec, address, workers)
-
-    with errors.status("reading the model (a GGUF file is imported once, in half a minute)"):
+    with errors.status(READING):
         plan = make_plan(config)
     errors.print(_summary(plan), highlight=False)
+    if AUTO in config.estimators:
+        estimators, why = estimators_for(store, plan)
+        plan = resolved(plan, estimators)
+        errors.print(f"Sensitivity: {' and '.join(estimators)} ({why}).", highlight=False)
     with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
-        job_id = run_search(plan, store, open_pool, progress, os.environ.get("BITFRONT_CACHE"))
+        opener = partial(open_pool, address=address, workers=workers)
+        job_id = run_search(plan, store, opener, progress, os.environ.get("BITFRONT_CACHE"))
     front = load_front(store, find_job(store, job_id))
     if as_json:
         print_json(front.to_json())
@@ -51,6 +52,44 @@ def run(config: JobConfig, store: Store, address: str, workers: int | None, as_j
         f"front.html   Take a map: bitfront export {job_id} --point N --to map -o DIR",
         highlight=False,
     )
+
+
+def audit(
+    store: Store,
+    job_id: int | None,
+    options: AuditOptions,
+    address: str,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Audit the estimators on a job, print how well they predict."""
+    job = find_job(store, job_id)
+    with errors.status(READING):
+        plan = plan_again(job, find_model(store, job.weights_hash))
+        if plan.key != job.key:
+            raise ConfigError(
+                f"the texts of job {job.id} have changed since; search again, then audit that job"
+            )
+    with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
+        opener = partial(open_pool, address=address, workers=workers)
+        cache = os.environ.get("BITFRONT_CACHE")
+        job = run_audit(plan, store, opener, progress, options, cache)
+    found = job.facts["audit"]
+    if as_json:
+        print_json(audit_json(found))
+    else:
+        print_table(audit_table(job.id, found))
+    for line in audit_remarks(found):
+        errors.print(line, highlight=False)
+
+
+def open_pool(spec: SessionSpec, address: str, workers: int | None) -> Pool:
+    """The workers that the command line names."""
+    if address == NO_RAY:
+        return InProcessPool(replace(spec, threads=os.cpu_count() or 1))
+    from workers.ray_pool import RayPool
+
+    return RayPool(spec, address, workers)
 
 
 def dry_run(config: JobConfig, as_json: bool) -> None:

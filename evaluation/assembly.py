@@ -36,8 +36,8 @@ class AssembledModel:
         self._parameters = dict(self.module.named_parameters())
         self._current: list[Scheme | str | None] = [UNLOADED] * len(bank.layout.units)
 
-    def assign(self, schemes: Sequence[Scheme] | None) -> None:
-        """Point every unit at its scheme's tensors; None restores the reference."""
+    def assign(self, schemes: Sequence[Scheme | None] | None) -> None:
+        """Point every unit at its scheme's tensors; None is the reference, of a unit or of all."""
         self.load(range(len(self._current)), schemes)
 
     def load(self, units: Iterable[int], schemes: Sequence[Scheme | None] | None = None) -> None:

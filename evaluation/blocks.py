@@ -60,6 +60,10 @@ class Blocks:
         self._wraps: list[Callable[[Tensor], Any]] = []
         self._try()
 
+    @property
+    def _numbered(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self._blocks)
+
     def __len__(self) -> int:
         return len(self._blocks)
 
@@ -122,13 +126,23 @@ class Blocks:
 
     def _try(self) -> None:
         """Learn what blocks return, and check that cut in pieces the model computes the same."""
-        self.model.assign(None)
+        self.model.unload(u for units in self.units for u in units)
+        self.model.load(self.outer)
         ids = torch.arange(PROMPT, device=self.model.device)[None]
         returned: dict[int, Any] = {}
-        handles = [
-            module.register_forward_hook(lambda _m, _a, out, i=i: returned.__setitem__(i, out))
-            for i, module in enumerate(self._blocks)
-        ]
+
+        def entered(index: int) -> Forward:
+            return lambda *_: self.load(index)
+
+        def left(index: int) -> Forward:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                returned[index] = output
+                self.unload(index)
+
+            return hook
+
+        handles = [block.register_forward_pre_hook(entered(i)) for i, block in self._numbered]
+        handles += [block.register_forward_hook(left(i)) for i, block in self._numbered]
         try:
             with torch.no_grad():
                 whole = self.model.module.base_model(input_ids=ids, use_cache=False)
@@ -139,10 +153,10 @@ class Blocks:
         with torch.no_grad():
             hidden, calls = self.start(ids)
             for i in range(len(self)):
+                self.load(i)
                 hidden = self.run(i, hidden, calls[i])
+                self.unload(i)
             pieces = self.finish(ids, hidden)
-        for i in range(len(self)):
-            self.unload(i)
         if not torch.equal(pieces, whole.last_hidden_state[0]):
             raise MeasurementError(
                 "the model passes more than hidden states from block to block, so it can't be run "

@@ -51,11 +51,11 @@ class Evaluator:
         self._folder = cache_dir() / "references" / name
         self._states: dict[str, Tensor] = {}
 
-    def measure(self, schemes: Sequence[Scheme] | None, ids: Ids) -> Measurement:
+    def measure(self, schemes: Sequence[Scheme | None] | None, ids: Ids) -> Measurement:
         """KL from the reference and negative log-likelihood of a candidate on a chunk.
 
         Args:
-            schemes: one for each unit of the layout; None for the reference itself.
+            schemes: one for each unit of the layout; None for the reference, of a unit or of all.
             ids: token ids of the chunk; every token after the first is predicted.
 
         Raises:

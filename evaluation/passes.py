@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evaluation.assembly import AssembledModel
 from evaluation.blocks import Blocks
+from quantization.memory import trim
 from quantization.schemes import Scheme
 
 Probe = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -79,6 +80,7 @@ class Passes:
             if not keep:
                 self.states.pop()
             self.states.append(after)
+            trim()
 
     def rewind(self, index: int) -> None:
         """Forget the states after block `index` was entered, because its weights have changed."""
@@ -94,11 +96,12 @@ class Passes:
         """
         self.gradients = [self._by_final_states(c, probe, probes) for c in range(len(self.ids))]
         for index in reversed(range(stop, len(self.blocks))):
-            self.blocks.load(index)
+            self.blocks.load(index, self.schemes)
             before = self.states[index]
             for c in range(len(self.ids)):
                 yield index, c, self._through(index, c, before[c], watch)
             self.blocks.unload(index)
+            trim()
 
     def outer(
         self, probe: Probe, probes: int, parameters: Sequence[Tensor]

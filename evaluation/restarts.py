@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.assembly import AssembledModel
-from evaluation.divergence import Head, divergence
+from evaluation.divergence import FixedReference, Head, divergence
 from evaluation.passes import Passes, Schemes
 
 Change = Callable[[], None]
@@ -40,9 +40,26 @@ class Restarts:
         self.head = Head(model.module)
         self.passes.forward(keep=base is None)
         self._reference = self._finals(self.passes.states[-1])
+        self._fixed = [
+            FixedReference(self.head, p_TH[:-1])
+            for p_TH in (self._reference if FixedReference.applies(self.head) else ())
+        ]
         if base is not None:
             self.passes = Passes(model, chunks, schemes=base)
             self.passes.forward()
+
+    def loss_of(self, schemes: Schemes) -> float:
+        """Of a whole map, from the first block on; the base stays what it is."""
+        self.model.load(self.blocks.outer, schemes)
+        with torch.no_grad():
+            states = [self.blocks.start(ids)[0] for ids in self.passes.ids]
+        for index in range(len(self.blocks)):
+            self.blocks.load(index, schemes)
+            states = self._through(index, states)
+            self.blocks.unload(index)
+        loss = self.loss(states)
+        self.model.load(self.blocks.outer, self.passes.schemes)
+        return loss
 
     @property
     def tokens(self) -> int:
@@ -52,6 +69,9 @@ class Restarts:
     def loss(self, states: Sequence[Tensor] | None = None) -> float:
         """Of given hidden states after the last block (one a chunk); of the base's by default."""
         finals = self._finals(self.passes.states[-1] if states is None else states)
+        if self._fixed and self.head.assigned_weight.data_ptr() == self.head.weight.data_ptr():
+            pairs = zip(self._fixed, finals, strict=True)
+            return sum(fixed.kl_sum(q_TH[:-1]) for fixed, q_TH in pairs)
         total = 0.0
         for ids, p_TH, q_TH in zip(self.passes.ids, self._reference, finals, strict=True):
             found = divergence(

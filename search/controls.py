@@ -4,6 +4,9 @@ import numpy as np
 
 from search.problem import Choice, Ints, Problem
 
+REDRAWS, SIDEWAYS = 500, 0.2
+TRIES = 200  # draws for one exchange
+
 
 def uniform(problem: Problem, scheme: int) -> Choice | None:
     """The scheme for every unit that has a choice; None if one of them isn't offered it."""
@@ -42,3 +45,62 @@ def random_at(
         u, s = dearer[generator.integers(len(dearer))]
         room -= int(extra[u, s])
         choice[u] = s
+
+
+def random_exactly(
+    problem: Problem,
+    resource: str,
+    target: int,
+    generator: np.random.Generator,
+    start: Choice | None = None,
+) -> Choice:
+    """A random assignment that costs exactly `target`, or as nearly as is found.
+
+    Single redraws that lead towards the target, and a few that don't, close the difference from
+    `start`; without one, units draw their schemes independently first.
+    """
+    cost = problem.costs[resource]
+    menus = [np.flatnonzero(row) for row in problem.offered]
+    drawn = [generator.choice(menu) for menu in menus] if start is None else start
+    choice: Choice = np.array(drawn, dtype=np.intp)
+    open_ = [u for u, menu in enumerate(menus) if len(menu) > 1]
+    over = problem.total_cost(choice, resource) - target
+    best, closest = choice.copy(), abs(over)
+    near = int(np.median([np.ptp(cost[u, menus[u]]) for u in open_])) if open_ else 0
+    steps = np.concatenate([np.diff(cost[u, menus[u]]) for u in open_]) if open_ else [0]
+    smallest = int(np.gcd.reduce(steps))  # every map's cost differs from others by multiples of it
+    for _ in range(REDRAWS * len(open_)):
+        if abs(over) < max(smallest, 1):
+            return choice
+        u = open_[generator.integers(len(open_))]
+        scheme = generator.choice(menus[u])
+        step = int(cost[u, scheme] - cost[u, choice[u]])
+        if abs(over + step) < abs(over) or (abs(over) < near and generator.random() < SIDEWAYS):
+            choice[u], over = scheme, over + step
+        if abs(over) < closest:
+            best, closest = choice.copy(), abs(over)
+    return best
+
+
+def random_walk(
+    problem: Problem, resource: str, start: Choice, steps: int, generator: np.random.Generator
+) -> Choice:
+    """A random map that costs what `start` costs: `steps` exchanges between units.
+
+    An exchange moves one unit to a random scheme and others until the sum is as before.
+    """
+    cost, choice = problem.costs[resource], start.copy()
+    menus = [np.flatnonzero(row) for row in problem.offered]
+    open_ = [u for u, menu in enumerate(menus) if len(menu) > 1]
+    for _ in range(steps if open_ else 0):
+        changed, over = choice.copy(), 0
+        for _ in range(TRIES):
+            u = open_[generator.integers(len(open_))]
+            scheme = generator.choice(menus[u])
+            step = int(cost[u, scheme] - cost[u, changed[u]])
+            if step and (not over or abs(over + step) < abs(over)):
+                changed[u], over = scheme, over + step
+                if not over:
+                    choice = changed
+                    break
+    return choice

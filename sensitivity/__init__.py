@@ -1,7 +1,7 @@
 """How much loss each unit suffers under each scheme; one estimator a file, one registry line."""
 
 from quantization.registry import Registry
-from sensitivity.base import Estimator, RawTable, Share, Work, menu, merge
+from sensitivity.base import Estimator, Experts, MeasuredMap, RawTable, Share, Work, menu, merge
 from sensitivity.context_marginal import ContextMarginal
 from sensitivity.fisher import DiagonalFisher
 from sensitivity.flips import Flips
@@ -9,6 +9,7 @@ from sensitivity.gradient import Gradient
 from sensitivity.hessian_trace import HessianTrace
 from sensitivity.higgs import HIGGS
 from sensitivity.kl_fisher import KLFisher, gaussian_kl_fisher
+from sensitivity.measured_maps import MeasuredMaps
 from sensitivity.mixllm import MixLLM
 from sensitivity.output_error import OutputError
 from sensitivity.row_fisher import RowFisher
@@ -19,6 +20,7 @@ ESTIMATORS: Registry[Estimator] = Registry("estimator")
 for _estimator in (
     OutputError(),
     DiagonalFisher(),
+    DiagonalFisher(quantized=True),
     RowFisher(),
     KLFisher(),
     gaussian_kl_fisher(),
@@ -30,8 +32,19 @@ for _estimator in (
     Flips(quantized=True),
     ContextMarginal(),
     ProgressiveShapley(),
+    MeasuredMaps(),
     WeightError(),
 ):
     ESTIMATORS.add(_estimator.name, _estimator)
 
-__all__ = ["ESTIMATORS", "Estimator", "RawTable", "Share", "Work", "menu", "merge"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "Experts",
+    "MeasuredMap",
+    "RawTable",
+    "Share",
+    "Work",
+    "menu",
+    "merge",
+]

@@ -23,6 +23,9 @@ Floats = NDArray[np.float64]
 PRIOR_TOKENS = 32.0
 """How many tokens of its siblings' estimate an expert starts with (`Experts.shrunk`)."""
 
+PENALTY = 0.05
+"""Of squared logarithms of factors, in units of a squared logarithm of a map's KL (`corrected`)."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -65,6 +68,21 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class MeasuredMap:
+    """A whole map that an estimator has measured.
+
+    Args:
+        choice: the column of each unit's scheme.
+        kl: nats per token.
+        chunk: the number of the chunk that it was measured on.
+    """
+
+    choice: tuple[int, ...]
+    kl: float
+    chunk: int
+
+
+@dataclass(frozen=True)
 class RawTable:
     """Sums of a raw score over calibration tokens.
 
@@ -72,18 +90,21 @@ class RawTable:
         sums: units x schemes of the menu; NaN where a scheme isn't offered to a unit.
         tokens: per unit, how many tokens were summed over.
         experts: by unit, what `sums` leaves out because it is known expert by expert.
+        maps: measured maps that the table is to be corrected by.
     """
 
     sums: Floats
     tokens: Floats
     experts: dict[int, Experts] = field(default_factory=dict)
+    maps: tuple[MeasuredMap, ...] = ()
 
     def mean(self) -> Floats:
-        """Units x schemes, per token."""
+        """Units x schemes, per token; each unit corrected by what the maps say of it."""
         sums = self.sums.copy()
         for unit, experts in self.experts.items():
             sums[unit] += experts.shrunk()
-        return sums / self.tokens[:, None]
+        table = np.asarray(sums / self.tokens[:, None])
+        return corrected(table, self.maps) if self.maps else table
 
 
 class Estimator(ABC):
@@ -176,6 +197,11 @@ class Work:
         return max(s.numel for units in self._by_block() for unit in units for s in unit.sites)
 
     @property
+    def errors_bytes(self) -> int:
+        """What reading the errors of the largest site takes, with packed codes on their way."""
+        return 64 * self.largest_site
+
+    @property
     def most_units(self) -> int:
         """Units of the block that has most."""
         return max(len(units) for units in self._by_block())
@@ -241,7 +267,44 @@ def merge(tables: Iterable[RawTable]) -> RawTable:
             experts[unit] = (
                 Experts(known.sums + own.sums, known.tokens + own.tokens) if known else own
             )
-    return RawTable(sums, tokens, experts)
+    maps = (*first.maps, *(measured for table in others for measured in table.maps))
+    return RawTable(sums, tokens, experts, maps)
+
+
+def corrected(table: Floats, maps: Sequence[MeasuredMap]) -> Floats:
+    """The table with each unit's scores times a factor, fitted to the measured KL of whole maps.
+
+        log KL_n = a_chunk(n) + b log sum_u e^(theta_u) table[u, choice_n(u)]
+
+    Least squares with `PENALTY` |theta|^2, which keeps a unit that the maps say little of at its
+    score; b < 1 where losses saturate. Where no scheme of a map costs anything it is left out.
+    """
+    choices = np.array([measured.choice for measured in maps])
+    scores = np.nan_to_num(table).clip(0)[np.arange(len(table))[None], choices]  # N x U
+    usable = scores.sum(axis=1) > 0
+    kl = np.array([max(measured.kl, 1e-9) for measured in maps])[usable]
+    scores, logs = scores[usable], np.log(kl)
+    _, chunk = np.unique(
+        [m.chunk for m, u in zip(maps, usable, strict=True) if u], return_inverse=True
+    )
+    units, chunks = scores.shape[1], int(chunk.max(initial=-1)) + 1
+
+    def loss(x: Floats) -> tuple[float, Floats]:
+        theta, slope, level = x[:units], x[units], x[units + 1 :]
+        parts = scores * np.exp(theta)
+        total = parts.sum(axis=1)
+        residual = level[chunk] + slope * np.log(total) - logs
+        by_theta = 2 * (residual * slope / total) @ parts + 2 * PENALTY * theta
+        by_slope = 2 * residual @ np.log(total)
+        by_level = 2 * np.bincount(chunk, residual, minlength=chunks)
+        value = residual @ residual + PENALTY * theta @ theta
+        return float(value), np.concatenate([by_theta, [by_slope], by_level])
+
+    from scipy.optimize import minimize  # slow to import
+
+    start = np.concatenate([np.zeros(units), [1.0], np.zeros(chunks)])
+    fitted = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000})
+    return np.asarray(table * np.exp(fitted.x[:units])[:, None])
 
 
 def add_experts(
@@ -282,7 +345,7 @@ def middle(unit: Unit, schemes: Sequence[Scheme]) -> Scheme:
 
 
 def replaced(
-    schemes: Sequence[Scheme | None] | None, units: int, unit: int, scheme: Scheme
+    schemes: Sequence[Scheme | None] | None, units: int, unit: int, scheme: Scheme | None
 ) -> list[Scheme | None]:
     """The schemes of all units, but for one."""
     changed: list[Scheme | None] = [None] * units if schemes is None else list(schemes)

@@ -8,7 +8,7 @@ from quantization.schemes import Scheme
 from sensitivity.base import Estimator, Share, Work, menu, split
 
 UNITS_A_TASK = 24
-MOST_CHUNKS = 2
+MOST_CHUNKS = 1
 
 
 class ByRestarts(Estimator):

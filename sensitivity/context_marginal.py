@@ -61,4 +61,4 @@ class ContextMarginal(ByRestarts):
 def random_context(choices: Sequence[Sequence[Scheme]], seed: int) -> list[Scheme | None]:
     """A random map."""
     generator = np.random.default_rng(seed)
-    return [row[generator.integers(len(row))] for row in choices]
+    return [row[int(generator.integers(len(row)))] for row in choices]

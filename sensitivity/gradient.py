@@ -52,7 +52,7 @@ class Gradient(Estimator):
         """See `Estimator.forecast_bytes`."""
         chunks = share.chunks[1] - share.chunks[0]
         states = (work.blocks + 2) * chunks * work.states_bytes
-        block = work.largest_block * work.itemsize + 8 * work.largest_site
+        block = work.largest_block * work.itemsize + work.errors_bytes
         return (
             work.outer_bytes + states + block + (1 + chunks) * work.activations_bytes
             + 4 * work.logits_bytes

@@ -52,7 +52,7 @@ class OutputError(Estimator):
         """See `Estimator.forecast_bytes`: a block, its second moments, two rounds of states."""
         states = 2 * (share.chunks[1] - share.chunks[0]) * work.states_bytes
         block = work.largest_block * work.itemsize + work.moments_bytes
-        return work.outer_bytes + states + block + work.activations_bytes + 12 * work.largest_site
+        return work.outer_bytes + states + block + work.activations_bytes + work.errors_bytes
 
     def score(
         self,

@@ -27,7 +27,7 @@ from sensitivity.base import (
 )
 from sensitivity.by_restarts import ByRestarts
 
-MOST_CHUNKS = 4  # a walk each
+MOST_CHUNKS = 2  # a walk each
 
 
 class ProgressiveShapley(ByRestarts):

@@ -30,6 +30,7 @@ from sensitivity.base import (
     empty_table,
     lossy,
     menu,
+    middle,
     split,
 )
 
@@ -43,10 +44,12 @@ class WeightGradient(Estimator):
     Attributes:
         probe: what is differentiated.
         probes: backward passes a chunk.
+        quantized: whether gradients are those of a model with each unit in its middle scheme.
     """
 
     probe: Probe = staticmethod(sampled_labels)
     probes = 1
+    quantized = False
 
     @abstractmethod
     def contract(self, errors_SRC: Tensor, gradients_PRC: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ class WeightGradient(Estimator):
         passes = chunks * self.probes
         states = (work.blocks + 1 + self.probes) * chunks * work.states_bytes
         block = work.largest_block * work.itemsize * (1 + passes)
-        errors = len(menu(choices)) * work.largest_site * work.itemsize
+        errors = len(menu(choices)) * work.largest_site * work.itemsize + work.errors_bytes
         return (
             work.outer_bytes + states + block + errors
             + work.activations_bytes + (3 + self.probes) * work.logits_bytes
@@ -83,7 +86,9 @@ class WeightGradient(Estimator):
         table = empty_table(choices)
         own = chunks[slice(*share.chunks)]
         table.tokens[slice(*share.units)] = own.size
-        passes = Passes(model, own, share.chunks[0])
+        units = model.bank.layout.units
+        base = [middle(unit, row) for unit, row in zip(units, choices, strict=True)]
+        passes = Passes(model, own, share.chunks[0], base if self.quantized else None)
         wanted = [
             [u for u in units if u in range(*share.units) and lossy(choices[u])]
             for units in passes.blocks.units
@@ -152,7 +157,7 @@ class WeightGradient(Estimator):
             tensor = tensor.mT if site.transposed else tensor
             return tensor if tensor.dim() == 3 else tensor[None]
 
-        exact = matrices(model.parameter(site.parameter).detach())
+        exact = matrices(bank.reference(unit)[site.parameter].to(model.device))
         shipped = [matrices(bank.borrow(unit, s, site.parameter)) for s in schemes]
         given = [matrices(gradient) for gradient in gradients]
         found = []

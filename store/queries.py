@@ -91,6 +91,14 @@ def find_job(store: Store, job_id: int | None) -> Job:
         return found
 
 
+def audited_job(store: Store, weights_hash: str, quantizer: str) -> Job | None:
+    """The latest job whose audit was of this model under this quantizer."""
+    with store.session() as session:
+        query = select(Job).where(Job.weights_hash == weights_hash).order_by(Job.updated_at.desc())
+        jobs = (job for job in session.scalars(query) if "audit" in job.facts)
+        return next((job for job in jobs if job.facts["quantizer"] == quantizer), None)
+
+
 def list_jobs(store: Store) -> list[tuple[Job, str]]:
     """All jobs with their model's name, newest first."""
     with store.session() as session:

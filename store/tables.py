@@ -101,7 +101,11 @@ class Measurement(Base):
 
 
 class SensitivityShare(Base):
-    """One task's part of a raw sensitivity table; `provenance` says what it was made from."""
+    """One task's part of a raw sensitivity table; `provenance` says what it was made from.
+
+    `experts` holds, by unit, sums and token counts of single experts, which `sums` leaves out;
+    `maps` whole maps that the estimator has measured, by which the table is corrected.
+    """
 
     __tablename__ = "sensitivity_shares"
 
@@ -110,4 +114,6 @@ class SensitivityShare(Base):
     provenance: Mapped[dict[str, Any]] = mapped_column(JSON)
     sums: Mapped[list[list[float | None]]] = mapped_column(JSON)
     tokens: Mapped[list[float]] = mapped_column(JSON)
+    experts: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    maps: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
     seconds: Mapped[float] = mapped_column(Float)

@@ -19,11 +19,13 @@ class Task:
 
     Args:
         label: the caller's own handle, returned with the outcome.
+        memory_bytes: a forecast of what the task will need beside the worker's own memory.
     """
 
     method: str
     arguments: dict[str, Any] = field(default_factory=dict)
     label: Any = None
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)

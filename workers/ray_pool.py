@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import ray
@@ -70,6 +71,8 @@ class RayPool(Pool):
         actor = ray.remote(_Worker).options(**options)
         self._actors = [actor.remote(replace(spec, threads=threads)) for _ in range(self.workers)]
         self._await_actors()
+        # a GPU has one worker, and its memory to itself
+        self._memory_bytes = inf if gpus else resources.get("memory", inf)
         self._idle = deque(self._actors)
         self._queue: deque[tuple[Task, int]] = deque()
         self._running: dict[Any, tuple[Any, Task, int]] = {}
@@ -151,7 +154,11 @@ class RayPool(Pool):
         self._dispatch()
 
     def _dispatch(self) -> None:
+        """Start what there are workers and, by the tasks' forecasts, memory for; one task always."""
         while self._queue and self._idle:
+            running = sum(task.memory_bytes for _, task, _ in self._running.values())
+            if self._running and running + self._queue[0][0].memory_bytes > self._memory_bytes:
+                return
             task, attempt = self._queue.popleft()
             actor = self._idle.popleft()
             reference = actor.run.remote(task.method, task.arguments)

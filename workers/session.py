@@ -93,9 +93,13 @@ class Session:
         return_memory()
         return table, time.perf_counter() - start
 
-    def measure(self, schemes: tuple[str, ...] | None, ids: Ids) -> Measurement:
-        """One candidate (None: the reference) on one chunk."""
-        wanted = None if schemes is None else [self.scheme(name) for name in schemes]
+    def measure(self, schemes: tuple[str | None, ...] | None, ids: Ids) -> Measurement:
+        """One candidate on one chunk; None stands for the reference, of all or of a unit."""
+        wanted = (
+            None
+            if schemes is None
+            else [None if name is None else self.scheme(name) for name in schemes]
+        )
         return self._evaluator.measure(wanted, ids)
 
     def noise_floor(self, ids: Ids) -> float | None:

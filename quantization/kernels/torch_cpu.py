@@ -93,19 +93,20 @@ class Int4Groups(Kernel):
         format = FORMATS[packed.format]
         assert isinstance(format, Scaled)
         assert format.columns
+        group = format.columns
 
         def repack() -> tuple[Tensor, ...]:
             codes, grid = format.unpack(packed)
             scales = format.scale.load(grid)
             offsets = (8 - grid["zeros"].float()) * scales if format.asymmetric else 0 * scales
             both = torch.stack([_padded(t, rows=TILE).mT for t in (scales, offsets)], -1)
-            whole = _padded(codes.int(), rows=TILE, columns=format.columns)
+            whole = _padded(codes.int(), rows=TILE, columns=group)
             tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
             return tiles, both.to(x.dtype).contiguous()
 
         tiles, both = _kept(packed, x.dtype, repack)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            _padded(x, columns=format.columns), tiles, format.columns, both
+            _padded(x, columns=group), tiles, group, both
         )
         return _plus(product[:, : packed.shape[-2]], bias)
 

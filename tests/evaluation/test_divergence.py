@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.divergence import Head, divergence
+from evaluation.divergence import FixedReference, Head, divergence
 from evaluation.evaluator import Evaluator
 from quantization.bank import Bank
 from quantization.errors import MeasurementError
@@ -145,3 +145,14 @@ def test_nan_in_the_logits_is_one_line(make_bank, monkeypatch):
     fresh = np.roll(IDS, 1)
     with pytest.raises(MeasurementError, match="unquantized model's hidden states"):
         evaluator.reference(fresh)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-2, 1.0, 300.0])
+def test_a_fixed_reference_is_exact_for_small_and_huge_differences(make_bank, size):
+    head = Evaluator(make_bank("llama"), CPU).head
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(20, head.weight.shape[1], generator=generator)
+    q = p + size * torch.randn(p.shape, generator=generator)
+    exact = [(h.double() @ head.weight.double().T).log_softmax(-1) for h in (p, q)]
+    kl = (exact[0].exp() * (exact[0] - exact[1])).sum().item()
+    assert FixedReference(head, p).kl_sum(q) == pytest.approx(kl, rel=2e-3)

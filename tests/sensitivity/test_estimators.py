@@ -217,8 +217,10 @@ def test_flips_are_what_the_evaluator_measures(evaluator):
     table = whole("flips", evaluator.model, choices)
     for u in (1, 4, len(choices) - 2):
         for scheme in choices[u]:
-            expected = measured(evaluator, at(layout, {u: scheme}), CHUNKS[:2])
-            assert table.sums[u, menu(choices).index(scheme)] == pytest.approx(expected, rel=1e-3)
+            expected = measured(evaluator, at(layout, {u: scheme}), CHUNKS[:1])
+            assert table.sums[u, menu(choices).index(scheme)] == pytest.approx(
+                expected, rel=5e-3
+            )  # of 1e-5 nats a token
 
 
 def test_flips_from_a_quantized_base_add_up_to_the_base(evaluator):
@@ -226,9 +228,9 @@ def test_flips_from_a_quantized_base_add_up_to_the_base(evaluator):
     table = whole("flips-quantized", evaluator.model, choices)
     base = {u: row[len(row) // 2] for u, row in enumerate(choices)}  # embedding and head in bf16
     column = menu(choices).index(base[4])
-    level = measured(evaluator, at(layout, base), CHUNKS[:2])
+    level = measured(evaluator, at(layout, base), CHUNKS[:1])
     assert np.nansum(table.sums[:, column]) == pytest.approx(level, rel=1e-3)
-    changed = measured(evaluator, at(layout, {**base, 4: choices[4][0]}), CHUNKS[:2])
+    changed = measured(evaluator, at(layout, {**base, 4: choices[4][0]}), CHUNKS[:1])
     own = table.sums[4, menu(choices).index(choices[4][0])] - table.sums[4, column]
     assert own == pytest.approx(changed - level, rel=1e-2)
 
@@ -239,7 +241,7 @@ def test_marginals_of_a_walk_add_up_to_the_loss_of_its_ends(evaluator):
     table = whole("shapley", evaluator.model, choices)
     for column, scheme in enumerate(menu(choices)[1:], 1):
         uniform = {u: scheme for u, row in enumerate(choices) if len(row) > 1}
-        expected = measured(evaluator, at(layout, uniform), CHUNKS)
+        expected = measured(evaluator, at(layout, uniform), CHUNKS[:2])
         assert np.nansum(table.sums[:, column]) == pytest.approx(expected, rel=1e-3)
 
 
@@ -276,7 +278,7 @@ def test_higgs_is_linear_in_the_relative_squared_error(evaluator):
             for s, e in zip(choices[u], errors, strict=True)
         ]
         assert rates == pytest.approx([rates[0]] * len(rates), rel=1e-6)
-        expected = measured(evaluator, at(layout, {u: choices[u][1]}), CHUNKS[:2])
+        expected = measured(evaluator, at(layout, {u: choices[u][1]}), CHUNKS[:1])
         assert 0.4 < table.sums[u, menu(choices).index(choices[u][1])] / expected < 2.5
 
 
@@ -305,7 +307,8 @@ def test_scores_fall_with_bits_and_leave_the_model_as_it_was(make_bank, name):
     before = {n: p.clone() for n, p in model.module.named_parameters()}
     table = whole(name, model, choices).mean()
     rows = table[[u.layer is not None for u in model.bank.layout.units]][:, 1:]
-    assert (np.diff(rows, axis=1) < 0).mean() > (0.9 if "kl-fisher" in name else 0.99)
+    noisy = "kl-fisher" in name or name in ALONE
+    assert (np.diff(rows, axis=1) < 0).mean() > (0.8 if noisy else 0.99)
     model.assign(None)
     assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
     assert not any(p.requires_grad for p in model.module.parameters())
@@ -315,7 +318,7 @@ def test_scores_fall_with_bits_and_leave_the_model_as_it_was(make_bank, name):
 @pytest.mark.parametrize("name", ["fisher", "kl-fisher", "kl-fisher-gaussian", "row-fisher"])
 def test_second_order_predicts_the_loss_of_small_perturbations(evaluator, name):
     """At 8 bits the second order is nearly all: predicted KL is measured KL, within sampling."""
-    layout, choices = evaluator.bank.layout, choices_of(evaluator.bank.layout)
+    choices = choices_of(evaluator.bank.layout)
     chunks = np.random.default_rng(2).integers(2, 300, (16, 24))
     table = whole(name, evaluator.model, choices, chunks).mean()
     column = menu(choices).index(Scheme("int8-channel"))
@@ -324,3 +327,30 @@ def test_second_order_predicts_the_loss_of_small_perturbations(evaluator, name):
     losses = [evaluator.measure(schemes, ids) for ids in chunks]
     kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
     assert 0.4 < predicted / kl < 2.5
+
+
+def test_measured_maps_correct_units_that_the_prior_misjudges():
+    """A prior that is wrong by a factor of ten about some units is put right by whole maps."""
+    from sensitivity.base import MeasuredMap, corrected
+
+    generator = np.random.default_rng(0)
+    truth = np.exp(generator.normal(0, 1, (20, 1))) * np.array([[0.0, 1, 4, 16]])
+    prior = truth.copy()
+    prior[:5] *= 10
+    choices = generator.integers(0, 4, (120, 20))
+    kl = truth[np.arange(20)[None], choices].sum(axis=1) ** 0.7  # losses saturate
+    maps = [MeasuredMap(tuple(c.tolist()), float(k), 0) for c, k in zip(choices, kl, strict=True)]
+    logs = np.log(corrected(prior, maps)[:, 1] / truth[:, 1])
+    assert logs[:5].mean() - logs[5:].mean() < 0.5 * np.log(10)
+    untouched = corrected(prior, maps[:1])
+    assert np.abs(np.log(untouched[:, 1:] / prior[:, 1:])).max() < np.log(3)
+
+
+def test_measured_maps_are_measured_as_the_evaluator_does(evaluator):
+    choices = choices_of(evaluator.bank.layout)
+    share = Share((0, len(choices)), (1, 2))
+    table = ESTIMATORS["measured-maps"].score(evaluator.model, CHUNKS, choices, share)
+    columns = menu(choices)
+    for found in table.maps[:3]:
+        loss = evaluator.measure([columns[c] for c in found.choice], CHUNKS[1])
+        assert found.kl == pytest.approx(loss.kl_sum / loss.tokens, rel=1e-3)

@@ -1,0 +1,274 @@
+"""The audit: how well each estimator predicts, on a job's own model, menu and texts.
+
+Maps are drawn at random (single flips, mixes of many sizes, mixes of equal size) and measured on
+the job's search text; every estimator's sums are compared with what was measured. All of it goes
+through the store like a search: a killed audit goes on, and a second one measures only what is new.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront.config import ConfigError
+from bitfront.fronts import losses
+from bitfront.pipeline import (
+    BANK,
+    BANK_WEIGHT,
+    ESTIMATE_WEIGHT,
+    OpenPool,
+    Run,
+    Scores,
+    measure,
+    measure_reference,
+    open_planned,
+    score,
+    spec_of,
+)
+from bitfront.plan import Plan
+from bitfront.progress import Progress
+from cost_models import weight_bytes
+from quantization.precision_map import map_hash
+from search.audit import EQUAL, FLIPS, MIXED, Maps, Verdict, judge, null_arms, totals
+from search.controls import random_exactly, random_walk, uniform
+from search.problem import Problem
+from search.statistics import Interval
+from sensitivity import ESTIMATORS
+from store.database import Store
+from store.queries import audited_job, update_job
+from store.tables import Candidate, Job
+from workers.pool import Task
+
+MEASURED = "random maps on the search text"
+REFERENCE = "reference"
+UNPROVEN = ("gradient", "fisher")
+"""What searches where no audit has been: see benchmarks/results."""
+RANGE = (0.15, 0.6)  # of the way from the smallest to the largest uniform map
+FEW_TOKENS = 64
+
+Choice = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What to audit.
+
+    Args:
+        estimators: names; all for none.
+        mixed: maps of sizes between `between` (average bits).
+        equal: maps of each size in `equal_bits`.
+        flips: single changes of the unquantized model.
+    """
+
+    estimators: tuple[str, ...] = ()
+    mixed: int = 50
+    equal: int = 30
+    flips: int = 30
+    between: tuple[float, float] | None = None
+    equal_bits: tuple[float, ...] = ()
+
+
+def estimators_for(store: Store, plan: Plan) -> tuple[tuple[str, ...], str]:
+    """The estimators of a job that says `auto`, and why these."""
+    known = audited_job(store, plan.checkpoint.weights_hash, plan.quantizer)
+    if known is None:
+        return UNPROVEN, "no audit of this model yet; `bitfront audit` finds its best"
+    default = known.facts["audit"]["default"]
+    return (default,), f"the best of the audit of job {known.id}"
+
+
+def resolved(plan: Plan, estimators: tuple[str, ...]) -> Plan:
+    """The plan with these estimators instead of `auto`."""
+    return replace(plan, config=plan.config.model_copy(update={"estimators": estimators}))
+
+
+def run_audit(
+    plan: Plan,
+    store: Store,
+    open_pool: OpenPool,
+    progress: Progress,
+    options: AuditOptions,
+    cache: str | None = None,
+) -> Job:
+    """Audit the estimators on a planned job; the job has `audit` among its facts then."""
+    names = options.estimators or tuple(ESTIMATORS)
+    for name in names:
+        ESTIMATORS[name]
+    job = open_planned(plan, store)
+    problem = plan.problem(np.zeros(plan.bytes_table.shape))
+    drawn = _draw(plan, problem, options)
+    with open_pool(spec_of(plan, cache)) as pool:
+        run = Run(plan, store, pool, progress, job)
+        progress.expect(_expected_work(plan, names, len(drawn)))
+        with progress.stage(BANK, 1, BANK_WEIGHT) as advance:
+            for outcome in pool.run([Task("prepare")]):
+                if outcome.error:
+                    raise outcome.error
+                advance(1)
+        measure_reference(run)
+        scores = {name: score(run, name) for name in names}
+        candidates = [candidate for _, _, candidate in drawn]
+        measure(run, candidates, plan.texts["search"], MEASURED)
+        maps = _measured(run, drawn)
+    return update_job(store, job.id, facts={"audit": _document(run, scores, maps, problem)})
+
+
+Drawn = tuple[str, Choice, Candidate]
+
+
+def _expected_work(plan: Plan, names: Sequence[str], maps: int) -> dict[str, float]:
+    config, units = plan.config, len(plan.layout.units)
+    work = {BANK: float(BANK_WEIGHT), MEASURED: float(maps * config.texts.search.chunks)}
+    for name in names:
+        shares = ESTIMATORS[name].shares(units, config.texts.calibration.chunks)
+        work[f"sensitivity: {name}"] = float(ESTIMATE_WEIGHT * len(shares))
+    return work
+
+
+def _draw(plan: Plan, problem: Problem, options: AuditOptions) -> list[Drawn]:
+    """The maps to measure, the same ones for the same job: set, choice, candidate."""
+    generator = np.random.default_rng(plan.config.seed)
+    fixed = plan.fixed_bytes - plan.other_bytes
+
+    def nbytes(bits: float) -> int:
+        return fixed + round(bits * plan.quantizable_numel / 8)
+
+    found: list[Drawn] = []
+    reference = len(plan.menu)
+    rows, columns = np.nonzero(plan.offered & plan.open_units[:, None])
+    lossy = [i for i, c in enumerate(columns) if plan.menu[c].weight != "bf16"]
+    for i in generator.permutation(lossy)[: options.flips]:
+        choice = np.full(len(plan.offered), reference, dtype=np.intp)
+        choice[rows[i]] = columns[i]
+        found.append((FLIPS, choice, _candidate(plan, choice)))
+    sizes = _uniform_bits(plan, problem)
+    low, high = options.between or tuple(sizes[0] + r * (sizes[-1] - sizes[0]) for r in RANGE)
+    for bits in low + (high - low) * (np.arange(options.mixed) + 0.5) / max(options.mixed, 1):
+        choice = _random(plan, problem, nbytes(float(bits)), generator)
+        found.append((MIXED, choice, _candidate(plan, choice)))
+    for bits in options.equal_bits or _middle_sizes(plan, sizes):
+        for _ in range(options.equal):
+            choice = _random(plan, problem, nbytes(bits), generator)
+            found.append((f"{EQUAL} {bits:.4g}", choice, _candidate(plan, choice)))
+    return found
+
+
+def _random(plan: Plan, problem: Problem, nbytes: int, generator: np.random.Generator) -> Choice:
+    """A random map of a size: a walk of random length from the nearest uniform one.
+
+    Walks are short and long alike, so that maps near the uniform one, where a search works, are
+    among them as well as ones that have forgotten it.
+    """
+    maps = [uniform(problem, column) for column in range(len(plan.menu))]
+    near = min(
+        (choice for choice in maps if choice is not None),
+        key=lambda c: abs(problem.total_cost(c, weight_bytes.RESOURCE) - nbytes),
+        default=None,
+    )
+    start = random_exactly(problem, weight_bytes.RESOURCE, nbytes, generator, near)
+    steps = int(generator.integers(1, max(2, int(plan.open_units.sum()) // 2)))
+    return random_walk(problem, weight_bytes.RESOURCE, start, steps, generator)
+
+
+def _uniform_bits(plan: Plan, problem: Problem) -> list[float]:
+    maps = (uniform(problem, column) for column in range(len(plan.menu)))
+    bits = sorted({plan.average_bits(choice) for choice in maps if choice is not None})
+    if len(bits) < 2:
+        raise ConfigError(
+            "an audit needs two uniform maps to draw between, and this menu has "
+            f"{len(bits)}; give --between and --equal-bits, or a menu whose schemes fit all layers"
+        )
+    return bits
+
+
+def _middle_sizes(plan: Plan, sizes: Sequence[float]) -> list[float]:
+    """Two sizes of interest: the job's middle budgets, or those of the middle uniform maps."""
+    asked = list(plan.config.budgets) or list(sizes[1:-1]) or list(sizes)
+    middle = len(asked) // 2
+    return asked[max(0, middle - 1) : middle + 1]
+
+
+def _candidate(plan: Plan, choice: Choice) -> Candidate:
+    """A map to measure, that no job keeps; column S is the reference."""
+    names = [None if c == len(plan.menu) else plan.menu[c] for c in choice]
+    pairs = [(REFERENCE, REFERENCE) if s is None else (s.weight, s.activation) for s in names]
+    schemes = [None if scheme is None else scheme.name for scheme in names]
+    return Candidate(map_hash=map_hash(plan.layout, pairs), schemes=schemes, failure=None)
+
+
+def _measured(run: Run, drawn: Sequence[Drawn]) -> Maps:
+    """What could be measured."""
+    candidates = [candidate for _, _, candidate in drawn]
+    found = losses(run.store, run.quality, candidates, run.plan.texts["search"].hashes)
+    kept = [(g, choice, found[c.map_hash].kl.mean) for g, choice, c in drawn if c.map_hash in found]
+    groups, choices, kl = zip(*kept, strict=True)
+    bits = [
+        run.plan.average_bits(choice) if group != FLIPS else np.nan
+        for group, choice in zip(groups, choices, strict=True)
+    ]
+    return Maps(np.array(choices), np.array(kl), np.array(bits), list(groups))
+
+
+def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem) -> dict[str, Any]:
+    """The audit as the store keeps it."""
+    floor = run.job.facts.get("noise_floor") or 0.0
+    # flips leave all other units at the reference, which costs nothing
+    tables = {
+        name: np.column_stack([np.where(problem.offered, s.mean, 0.0), np.zeros(len(s.mean))])
+        for name, s in scores.items()
+    }
+    verdicts = {name: judge(table, maps, floor) for name, table in tables.items()}
+    default = max(verdicts, key=lambda name: np.nan_to_num(verdicts[name].merit, nan=-2.0))
+    mixed = [i for i, group in enumerate(maps.groups) if group != FLIPS]
+    offered = np.column_stack([problem.offered, np.ones(len(problem.offered), dtype=bool)])
+    units = run.plan.layout.units
+    experts = next((s.experts for s in scores.values() if s.experts), {})
+    return {
+        "default": default,
+        "estimators": [
+            {"name": name, "unit": ESTIMATORS[name].unit, "seconds": scores[name].seconds,
+             **_plain(verdict)}
+            for name, verdict in verdicts.items()
+        ],
+        "null_arms": null_arms(tables[default], maps, offered),
+        "noise_floor": floor,
+        "text": run.plan.texts["search"].source,
+        "tokens": int(run.plan.texts["search"].ids.size),
+        "maps": {group: maps.groups.count(group) for group in dict.fromkeys(maps.groups)},
+        "measured": {
+            "group": [maps.groups[i] for i in mixed],
+            "bits": [float(maps.bits[i]) for i in mixed],
+            "kl": [float(maps.kl[i]) for i in mixed],
+        },
+        "predicted": {
+            name: [float(x) for x in totals(table, maps.choices)[mixed]]
+            for name, table in tables.items()
+        },
+        "experts": [
+            {"unit": units[u].name, "tokens": tokens, "few": sum(t < FEW_TOKENS for t in tokens)}
+            for u, tokens in sorted(experts.items())
+        ],
+    }  # fmt: skip
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    """As JSON has it: no NaN."""
+
+    def number(x: float | None) -> float | None:
+        return None if x is None or not np.isfinite(x) else float(x)
+
+    def interval(i: Interval | None) -> list[float | None] | None:
+        return None if i is None else [number(i.mean), number(i.low), number(i.high)]
+
+    return {
+        "spearman": number(verdict.spearman.mean),
+        "spearman_interval": interval(verdict.spearman),
+        "kendall": number(verdict.kendall),
+        "spearman_equal_bits": number(verdict.spearman_equal_bits),
+        "equal_bits": {name: interval(i) for name, i in verdict.equal_bits.items()},
+        "flips": interval(verdict.flips),
+        "calibration": {k: number(v) for k, v in asdict(verdict.calibration).items()},
+        "residual_by_bits": {k: number(v) for k, v in verdict.residual_by_bits.items()},
+    }

@@ -1,0 +1,130 @@
+"""The audit end to end on a tiny model: measured, resumed, stored, taken as the default."""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+
+from bitfront.audit_views import audit_json, audit_remarks, audit_table
+from bitfront.auditing import UNPROVEN, AuditOptions, estimators_for, run_audit
+from bitfront.fronts import load_front
+from bitfront.pipeline import run_search
+from bitfront.plan import make_plan
+from bitfront.progress import Silent
+from bitfront.report import write_report
+from sensitivity import ESTIMATORS
+from store.database import Store
+from store.queries import find_job
+from tests.bitfront.test_pipeline import CountingPool, small_config
+from workers.pool import InProcessPool
+
+OPTIONS = AuditOptions(mixed=12, equal=8, flips=6)
+
+
+@pytest.fixture(scope="module")
+def audited(tiny_folders, tmp_path_factory):
+    """A searched and audited job: store, plan, job."""
+    store = Store(f"sqlite:///{tmp_path_factory.mktemp('audit')}/s.sqlite").open()
+    plan = make_plan(small_config(tiny_folders("llama")))
+    run_search(plan, store, InProcessPool, Silent())
+    return store, plan, run_audit(plan, store, InProcessPool, Silent(), OPTIONS)
+
+
+def test_every_estimator_is_judged_and_the_best_one_is_the_default(audited):
+    _, _, job = audited
+    document = audit_json(job.facts["audit"])
+    assert {entry["name"] for entry in document["estimators"]} == set(ESTIMATORS)
+    for entry in document["estimators"]:
+        assert set(entry) == {"name", "spearman", "kendall", "spearman_equal_bits", "seconds"}
+        assert entry["seconds"] > 0
+    best = max(document["estimators"], key=lambda entry: entry["spearman_equal_bits"])
+    assert document["default"] == best["name"] == document["estimators"][0]["name"]
+    json.dumps(document, allow_nan=False)
+
+
+def test_maps_of_equal_size_have_equal_size(audited):
+    _, plan, job = audited
+    measured = job.facts["audit"]["measured"]
+    groups = {g for g in measured["group"] if g.startswith("equal")}
+    assert len(groups) == 2 or len(plan.menu) == 4
+    for group in groups:
+        bits = [b for b, g in zip(measured["bits"], measured["group"], strict=True) if g == group]
+        assert np.ptp(bits) < 1e-9
+        assert f"{bits[0]:.4g}" == group.split()[1]
+
+
+def test_a_second_audit_measures_nothing_again(audited):
+    store, plan, job = audited
+    CountingPool.methods.clear()
+    again = run_audit(plan, store, CountingPool, Silent(), OPTIONS)
+    assert CountingPool.methods == ["prepare"]
+    assert again.facts["audit"] == job.facts["audit"]
+
+
+def test_an_audit_of_fewer_maps_or_estimators_reuses_the_others(audited):
+    store, plan, _ = audited
+    CountingPool.methods.clear()
+    found = run_audit(
+        plan, store, CountingPool, Silent(), AuditOptions(("fisher",), mixed=12, equal=8, flips=6)
+    )
+    assert CountingPool.methods == ["prepare"]
+    assert [entry["name"] for entry in found.facts["audit"]["estimators"]] == ["fisher"]
+    run_audit(plan, store, InProcessPool, Silent(), OPTIONS)
+
+
+def test_searches_that_say_auto_take_the_winner(audited, tmp_path):
+    store, plan, job = audited
+    names, why = estimators_for(store, plan)
+    assert names == (job.facts["audit"]["default"],)
+    assert f"job {job.id}" in why
+    fresh = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    assert estimators_for(fresh, plan)[0] == UNPROVEN
+
+
+def test_the_audit_is_shown(audited, tmp_path):
+    store, _, job = audited
+    audit = job.facts["audit"]
+    assert len(audit_table(job.id, audit).rows) == len(list(ESTIMATORS))
+    assert audit["default"] in audit_remarks(audit)[0]
+    page = tmp_path / "page.html"
+    write_report(load_front(store, find_job(store, job.id)), page)
+    text = page.read_text()
+    assert "Predictions audited against measurements" in text
+    assert "weight-error" in text
+
+
+def test_experts_report_their_tokens(tiny_folders, tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    plan = make_plan(small_config(tiny_folders("mixtral")))
+    options = AuditOptions(("fisher", "output-error"), mixed=4, equal=0, flips=0)
+    job = run_audit(plan, store, InProcessPool, Silent(), options)
+    experts = job.facts["audit"]["experts"]
+    kinds = [unit.name for unit in plan.layout.units if unit.kind == "experts"]
+    assert [entry["unit"] for entry in experts] == kinds
+    tokens = plan.texts["calibration"].ids.size
+    for entry in experts:
+        assert sum(entry["tokens"]) == 2 * tokens  # two experts a token
+        assert entry["few"] == sum(t < 64 for t in entry["tokens"])
+    assert any("experts saw few tokens" in line for line in audit_remarks(job.facts["audit"]))
+
+
+def test_the_command(audited, bitfront_command):
+    store, _, job = audited
+    command = [bitfront_command, "audit", str(job.id), "--json", "--address", "none",
+               "--maps", "12", "--equal-maps", "8", "--flips", "6"]  # fmt: skip
+    done = subprocess.run(
+        command, env={**os.environ, "BITFRONT_STORE": store.url}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    document = json.loads(done.stdout)
+    assert document["default"] == job.facts["audit"]["default"]
+    bad = subprocess.run(
+        [bitfront_command, "audit", "--estimators", "fischer"],
+        env={**os.environ, "BITFRONT_STORE": store.url}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert bad.returncode == 1
+    assert "nearest: fisher" in bad.stderr
+    assert "Traceback" not in bad.stderr

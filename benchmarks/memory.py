@@ -100,7 +100,7 @@ def step(folder: Path, name: str, length: int) -> dict[str, float]:
         bank.build(choices)
     else:
         chunks = np.random.default_rng(0).integers(
-            0, layout.units[0].sites[0].shape[0], (CHUNKS, LENGTH)
+            0, layout.units[0].sites[0].shape[0], (CHUNKS, length)
         )
         share = Share((0, len(layout.units)), (0, CHUNKS))
         work = Work(layout, length, dtype.itemsize)

@@ -6,7 +6,7 @@ through the store like a search: a killed audit goes on, and a second one measur
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -37,14 +37,12 @@ from search.problem import Problem
 from search.statistics import Interval
 from sensitivity import ESTIMATORS
 from store.database import Store
-from store.queries import audited_job, update_job
+from store.queries import update_job
 from store.tables import Candidate, Job
 from workers.pool import Task
 
 MEASURED = "random maps on the search text"
 REFERENCE = "reference"
-UNPROVEN = ("gradient", "fisher")
-"""What searches where no audit has been: see benchmarks/results."""
 RANGE = (0.15, 0.6)  # of the way from the smallest to the largest uniform map
 FEW_TOKENS = 64
 
@@ -68,20 +66,6 @@ class AuditOptions:
     flips: int = 30
     between: tuple[float, float] | None = None
     equal_bits: tuple[float, ...] = ()
-
-
-def estimators_for(store: Store, plan: Plan) -> tuple[tuple[str, ...], str]:
-    """The estimators of a job that says `auto`, and why these."""
-    known = audited_job(store, plan.checkpoint.weights_hash, plan.quantizer)
-    if known is None:
-        return UNPROVEN, "no audit of this model yet; `bitfront audit` finds its best"
-    default = known.facts["audit"]["default"]
-    return (default,), f"the best of the audit of job {known.id}"
-
-
-def resolved(plan: Plan, estimators: tuple[str, ...]) -> Plan:
-    """The plan with these estimators instead of `auto`."""
-    return replace(plan, config=plan.config.model_copy(update={"estimators": estimators}))
 
 
 def run_audit(

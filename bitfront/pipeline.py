@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitfront.fronts import losses, reference_hash
-from bitfront.plan import Plan
+from bitfront.plan import Plan, settled
 from bitfront.progress import Progress
 from bitfront.proposals import propose
 from evaluation.arithmetic import DTYPES
@@ -83,7 +83,10 @@ def run_search(
     Raises:
         BitfrontError: with what was measured safely in the store.
     """
+    plan, why = settled(plan, store)
     job = open_planned(plan, store)
+    if why:
+        update_job(store, job.id, facts={"estimators_because": why})
     if job.state == "done":
         return job.id
     try:

@@ -31,11 +31,14 @@ from quantization.units import Layout, Unit
 from search.errors import InfeasibleBudgetError
 from search.problem import Problem
 from sensitivity import ESTIMATORS, menu
-from store.queries import key_of
+from store.database import Store
+from store.queries import audited_job, key_of
 from store.tables import Job, Model
 
 AUTO = "auto"
 """In the place of an estimator: the best of the model's audit."""
+UNPROVEN = ("fisher", "fisher-quantized")
+"""What scores where no audit of the model has been: see benchmarks/results."""
 MEMORY_SHARE = 0.5
 PACKED = ", packed"
 
@@ -197,6 +200,18 @@ def make_plan(config: JobConfig) -> Plan:
         plan, budgets=_budgets(plan), imatrix=_imported(config, plan), packed=_packed(config, plan)
     )
     return _transformed(plan, config.transform) if config.transform else plan
+
+
+def settled(plan: Plan, store: Store) -> tuple[Plan, str]:
+    """The plan with what `auto` stands for among its estimators, and why these; "" without one."""
+    if AUTO not in plan.config.estimators:
+        return plan, ""
+    known = audited_job(store, plan.checkpoint.weights_hash, plan.quantizer)
+    names: tuple[str, ...] = UNPROVEN
+    why = "this model was never audited; `bitfront audit` finds its best"
+    if known:
+        names, why = (known.facts["audit"]["default"],), f"the best of the audit of job {known.id}"
+    return replace(plan, config=plan.config.model_copy(update={"estimators": names})), why
 
 
 def plan_again(job: Job, model: Model) -> Plan:

@@ -9,12 +9,12 @@ from typing import Any
 from rich.table import Table
 
 from bitfront.audit_views import audit_json, audit_remarks, audit_table
-from bitfront.auditing import AuditOptions, estimators_for, resolved, run_audit
+from bitfront.auditing import AuditOptions, run_audit
 from bitfront.config import ConfigError, JobConfig
 from bitfront.console import errors, front_table, print_json, print_table
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import AUTO, Plan, make_plan, plan_again
+from bitfront.plan import AUTO, UNPROVEN, Plan, make_plan, plan_again, settled
 from bitfront.progress import Lines, RichProgress
 from bitfront.sizes import show_bytes
 from search.controls import uniform
@@ -33,10 +33,11 @@ def run(config: JobConfig, store: Store, address: str, workers: int | None, as_j
     with errors.status(READING):
         plan = make_plan(config)
     errors.print(_summary(plan), highlight=False)
-    if AUTO in config.estimators:
-        estimators, why = estimators_for(store, plan)
-        plan = resolved(plan, estimators)
-        errors.print(f"Sensitivity: {' and '.join(estimators)} ({why}).", highlight=False)
+    plan, why = settled(plan, store)
+    if why:
+        errors.print(
+            f"Sensitivity by {' and '.join(plan.config.estimators)}: {why}.", highlight=False
+        )
     with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
         opener = partial(open_pool, address=address, workers=workers)
         job_id = run_search(plan, store, opener, progress, os.environ.get("BITFRONT_CACHE"))
@@ -148,7 +149,8 @@ def _document(plan: Plan) -> dict[str, Any]:
     ]
     texts = plan.config.texts
     controls = len(uniforms) + plan.config.random_controls
-    proposals = len(plan.budgets) * len(plan.config.estimators)
+    estimators = UNPROVEN if AUTO in plan.config.estimators else plan.config.estimators
+    proposals = len(plan.budgets) * len(estimators)
     return {
         "model": plan.name,
         "units": [

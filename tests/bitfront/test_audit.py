@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bitfront.audit_views import audit_json, audit_remarks, audit_table
-from bitfront.auditing import UNPROVEN, AuditOptions, estimators_for, run_audit
+from bitfront.auditing import AuditOptions, run_audit
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import make_plan
+from bitfront.plan import UNPROVEN, make_plan, settled
 from bitfront.progress import Silent
 from bitfront.report import write_report
 from sensitivity import ESTIMATORS
@@ -27,7 +27,7 @@ OPTIONS = AuditOptions(mixed=12, equal=8, flips=6)
 def audited(tiny_folders, tmp_path_factory):
     """A searched and audited job: store, plan, job."""
     store = Store(f"sqlite:///{tmp_path_factory.mktemp('audit')}/s.sqlite").open()
-    plan = make_plan(small_config(tiny_folders("llama")))
+    plan = make_plan(small_config(tiny_folders("llama"), estimators=["fisher", "output-error"]))
     run_search(plan, store, InProcessPool, Silent())
     return store, plan, run_audit(plan, store, InProcessPool, Silent(), OPTIONS)
 
@@ -74,13 +74,20 @@ def test_an_audit_of_fewer_maps_or_estimators_reuses_the_others(audited):
     run_audit(plan, store, InProcessPool, Silent(), OPTIONS)
 
 
-def test_searches_that_say_auto_take_the_winner(audited, tmp_path):
+def test_searches_that_say_auto_take_the_winner(audited, tiny_folders, tmp_path):
     store, plan, job = audited
-    names, why = estimators_for(store, plan)
-    assert names == (job.facts["audit"]["default"],)
+    auto = make_plan(small_config(tiny_folders("llama"), estimators=["auto"]))
+    found, why = settled(auto, store)
+    assert found.config.estimators == (job.facts["audit"]["default"],)
     assert f"job {job.id}" in why
+    assert found.key != auto.key  # another winner is another question
     fresh = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
-    assert estimators_for(fresh, plan)[0] == UNPROVEN
+    assert settled(auto, fresh)[0].config.estimators == UNPROVEN
+    assert settled(plan, store) == (plan, "")
+    number = run_search(auto, store, InProcessPool, Silent())
+    searched = find_job(store, number)
+    assert searched.facts["predicts"] == job.facts["audit"]["default"]
+    assert searched.facts["estimators_because"] == why
 
 
 def test_the_audit_is_shown(audited, tmp_path):

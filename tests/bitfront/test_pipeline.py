@@ -29,7 +29,8 @@ from workers.pool import InProcessPool, Outcome
 
 SMALL = {"texts.calibration.chunks": 2, "texts.search.chunks": 2, "texts.heldout.chunks": 4,
          "texts.calibration.length": 32, "texts.search.length": 32, "texts.heldout.length": 32,
-         "menu": "int2-g32,int4-g32,int8-g32", "dtype": "float32"}  # fmt: skip
+         "menu": "int2-g32,int4-g32,int8-g32", "dtype": "float32",
+         "estimators": ["fisher", "output-error"]}  # fmt: skip
 
 
 def small_config(folder, **more) -> JobConfig:

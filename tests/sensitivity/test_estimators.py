@@ -354,3 +354,63 @@ def test_measured_maps_are_measured_as_the_evaluator_does(evaluator):
     for found in table.maps[:3]:
         loss = evaluator.measure([columns[c] for c in found.choice], CHUNKS[1])
         assert found.kl == pytest.approx(loss.kl_sum / loss.tokens, rel=1e-3)
+
+
+def test_interactions_are_what_two_changes_cost_together(evaluator):
+    """Omega_ij = L(i, j) - L(i) - L(j) by plain measurements; symmetric, none with oneself."""
+    from sensitivity.interactions import measure_interactions
+
+    layout, choices = evaluator.bank.layout, choices_of(evaluator.bank.layout)
+    units, schemes = (5, 1, 2), choices[1][:2]
+    found = measure_interactions(evaluator.model, CHUNKS[:1], units, schemes)
+    assert found.units == (1, 2, 5)  # two of one block, one of the next
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        for s, t in ((0, 0), (0, 1), (1, 0)):
+            both = {found.units[i]: schemes[s], found.units[j]: schemes[t]}
+            alone = [measured(evaluator, at(layout, {u: x}), CHUNKS[:1]) for u, x in both.items()]
+            expected = measured(evaluator, at(layout, both), CHUNKS[:1])
+            omega = found.pairs[i, s, j, t]
+            assert omega == pytest.approx(expected - sum(alone), abs=2e-3 * expected)
+            assert found.pairs[j, t, i, s] == omega
+            choice = [None] * 3
+            choice[i], choice[j] = s, t
+            assert found.predict(choice) * found.tokens == pytest.approx(expected, rel=2e-3)
+    assert not found.pairs[np.arange(3), :, np.arange(3)].any()
+
+
+def test_hutchinsons_trace_is_that_of_the_exact_hessian(tmp_path):
+    """Of KL from itself, by a column of the Hessian for each weight of one small matrix."""
+    from quantization.adapter import describe
+    from quantization.bank import Bank
+    from quantization.checkpoints import resolve
+    from quantization.quantizers import QUANTIZERS
+    from sensitivity.hessian_trace import _kl_from_itself, _traces
+    from tests.conftest import save_tiny
+
+    folder = save_tiny(
+        "llama", tmp_path, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    checkpoint = resolve(str(folder))
+    layout = describe(checkpoint)
+    bank = Bank(checkpoint, layout, QUANTIZERS["rtn"], torch.float32)
+    bank.build([[] for _ in layout.units])
+    model = AssembledModel(bank, CPU)
+    model.assign(None)
+    ids = CHUNKS[0]
+    site = next(s for u in layout.units for s in u.stored if s.name.endswith("k_proj"))
+    parameter = model.parameter(site.parameter).requires_grad_(True)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        logits = model.module(input_ids=torch.from_numpy(ids)[None]).logits[0].float()
+    [gradient] = torch.autograd.grad(_kl_from_itself(logits), parameter, create_graph=True)
+    assert gradient.abs().max() < 1e-4  # the unquantized model is the minimum
+    columns = [
+        torch.autograd.grad(g, parameter, retain_graph=True)[0].flatten()
+        for g in gradient.flatten()
+    ]
+    exact = torch.stack(columns).trace().item()
+    parameter.requires_grad_(False)
+    samples = [_traces(model, [site], ids, seed)[site.parameter] for seed in range(200)]
+    error = np.std(samples) / np.sqrt(len(samples))
+    assert abs(np.mean(samples) - exact) < 4 * error
+    assert error < 0.1 * exact

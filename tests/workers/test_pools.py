@@ -2,11 +2,13 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from quantization.errors import BitfrontError, MeasurementError, WorkerError
+from sensitivity import ESTIMATORS, merge
 from tests.conftest import choices_of
 from workers.pool import InProcessPool, Task
 from workers.ray_pool import RayPool
@@ -63,6 +65,46 @@ def test_pools_agree(ray_pool, spec):
 
     here, there = results(InProcessPool(spec)), results(ray_pool)
     assert {k: pytest.approx(v, rel=1e-6) for k, v in here.items()} == there
+
+
+def estimates(spec, name):
+    estimator = ESTIMATORS[name]
+    return [
+        Task("estimate", {"estimator": name, "chunks": IDS, "share": share}, label=i)
+        for i, share in enumerate(estimator.shares(len(spec.choices), len(IDS)))
+    ]
+
+
+@pytest.mark.parametrize("name", ["fisher", "kl-fisher", "flips", "measured-maps"])
+def test_tables_dont_depend_on_the_workers(ray_pool, spec, name):
+    """The same tasks on one worker, and on two that are killed between: equal to 1e-6."""
+
+    def table(pool, kill=False):
+        tasks = estimates(spec, name)
+        for task in tasks:
+            pool.submit(task)
+        if kill:
+            os.kill(pool.processes()[0], signal.SIGKILL)
+        found = {o.task.label: o.value[0] for o in (pool.next() for _ in tasks)}
+        return merge(found[i] for i in range(len(tasks))).mean()
+
+    one = table(InProcessPool(spec))
+    assert table(ray_pool) == pytest.approx(one, rel=1e-6, nan_ok=True)
+    assert table(ray_pool, kill=True) == pytest.approx(one, rel=1e-6, nan_ok=True)
+
+
+def test_tasks_wait_for_the_memory_that_they_forecast(ray_pool, spec, monkeypatch):
+    """Two that don't fit together run one after the other; one that fits nowhere runs alone."""
+    monkeypatch.setattr(ray_pool, "_memory_bytes", 100)
+    tasks = [replace(task, memory_bytes=60) for task in measurements(spec)]
+    tasks[0] = replace(tasks[0], memory_bytes=1000)
+    for task in tasks:
+        ray_pool.submit(task)
+    most = 0
+    for _ in tasks:
+        most = max(most, len(ray_pool._running))
+        assert ray_pool.next().error is None
+    assert most == 1
 
 
 def test_an_error_of_the_work_is_an_outcome(pool, monkeypatch):

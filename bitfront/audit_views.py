@@ -86,6 +86,12 @@ def audit_remarks(audit: dict[str, Any]) -> list[str]:
             )
             + "."
         )
+    if pairs := audit.get("interactions"):
+        lines += [
+            f"Two of the {len(pairs['units'])} most sensitive units at {scheme} cost "
+            f"{abs(excess):.0%} {'more' if excess > 0 else 'less'} than the sum of both."
+            for scheme, excess in zip(pairs["schemes"], pairs["excess"], strict=True)
+        ]
     lines += [
         f"{entry['unit']}: {entry['few']} of {len(entry['tokens'])} experts saw few tokens "
         f"(least {min(entry['tokens']):.0f}); their estimates lean on their siblings'."

@@ -17,18 +17,16 @@ from bitfront.fronts import losses
 from bitfront.pipeline import (
     BANK,
     BANK_WEIGHT,
-    ESTIMATE_WEIGHT,
     OpenPool,
-    Run,
-    Scores,
     measure,
     measure_reference,
     open_planned,
-    score,
     spec_of,
 )
 from bitfront.plan import Plan
 from bitfront.progress import Progress
+from bitfront.run import Run
+from bitfront.scoring import ESTIMATE_WEIGHT, Scores, score
 from cost_models import weight_bytes
 from quantization.precision_map import map_hash
 from search.audit import EQUAL, FLIPS, MIXED, Maps, Verdict, judge, null_arms, totals
@@ -42,6 +40,7 @@ from store.tables import Candidate, Job
 from workers.pool import Task
 
 MEASURED = "random maps on the search text"
+PAIRS = "pairs of units"
 REFERENCE = "reference"
 RANGE = (0.15, 0.6)  # of the way from the smallest to the largest uniform map
 FEW_TOKENS = 64
@@ -58,12 +57,14 @@ class AuditOptions:
         mixed: maps of sizes between `between` (average bits).
         equal: maps of each size in `equal_bits`.
         flips: single changes of the unquantized model.
+        pairs: of how many units, the most sensitive ones, to measure all interactions.
     """
 
     estimators: tuple[str, ...] = ()
     mixed: int = 50
     equal: int = 30
     flips: int = 30
+    pairs: int = 0
     between: tuple[float, float] | None = None
     equal_bits: tuple[float, ...] = ()
 
@@ -96,7 +97,9 @@ def run_audit(
         candidates = [candidate for _, _, candidate in drawn]
         measure(run, candidates, plan.texts["search"], MEASURED)
         maps = _measured(run, drawn)
-    return update_job(store, job.id, facts={"audit": _document(run, scores, maps, problem)})
+        pairs = _interactions(run, scores[names[0]], options.pairs) if options.pairs > 1 else None
+    document = {**_document(run, scores, maps, problem), "interactions": pairs}
+    return update_job(store, job.id, facts={"audit": document})
 
 
 Drawn = tuple[str, Choice, Candidate]
@@ -127,7 +130,7 @@ def _draw(plan: Plan, problem: Problem, options: AuditOptions) -> list[Drawn]:
         choice = np.full(len(plan.offered), reference, dtype=np.intp)
         choice[rows[i]] = columns[i]
         found.append((FLIPS, choice, _candidate(plan, choice)))
-    sizes = _uniform_bits(plan, problem)
+    sizes = _uniform_bits(plan)
     low, high = options.between or tuple(sizes[0] + r * (sizes[-1] - sizes[0]) for r in RANGE)
     for bits in low + (high - low) * (np.arange(options.mixed) + 0.5) / max(options.mixed, 1):
         choice = _random(plan, problem, nbytes(float(bits)), generator)
@@ -145,9 +148,8 @@ def _random(plan: Plan, problem: Problem, nbytes: int, generator: np.random.Gene
     Walks are short and long alike, so that maps near the uniform one, where a search works, are
     among them as well as ones that have forgotten it.
     """
-    maps = [uniform(problem, column) for column in range(len(plan.menu))]
     near = min(
-        (choice for choice in maps if choice is not None),
+        _uniforms(plan).values(),
         key=lambda c: abs(problem.total_cost(c, weight_bytes.RESOURCE) - nbytes),
         default=None,
     )
@@ -156,9 +158,8 @@ def _random(plan: Plan, problem: Problem, nbytes: int, generator: np.random.Gene
     return random_walk(problem, weight_bytes.RESOURCE, start, steps, generator)
 
 
-def _uniform_bits(plan: Plan, problem: Problem) -> list[float]:
-    maps = (uniform(problem, column) for column in range(len(plan.menu)))
-    bits = sorted({plan.average_bits(choice) for choice in maps if choice is not None})
+def _uniform_bits(plan: Plan) -> list[float]:
+    bits = sorted({plan.average_bits(choice) for choice in _uniforms(plan).values()})
     if len(bits) < 2:
         raise ConfigError(
             "an audit needs two uniform maps to draw between, and this menu has "
@@ -193,6 +194,47 @@ def _measured(run: Run, drawn: Sequence[Drawn]) -> Maps:
         for group, choice in zip(groups, choices, strict=True)
     ]
     return Maps(np.array(choices), np.array(kl), np.array(bits), list(groups))
+
+
+def _interactions(run: Run, scores: Scores, count: int) -> dict[str, Any] | None:
+    """Pairwise terms of the units that an estimator fears most for, at the two smallest schemes.
+
+    Only units inside the blocks that can get both.
+    """
+    plan = run.plan
+    maps = {c: plan.weight_bytes(u) for c, u in _uniforms(plan).items()}
+    columns = sorted((c for c in maps if plan.menu[c].weight != "bf16"), key=maps.__getitem__)[:2]
+    inside = np.array([unit.layer is not None for unit in plan.layout.units])
+    able = np.flatnonzero(plan.offered[:, columns].all(axis=1) & inside & plan.open_units)
+    fear = np.nan_to_num(scores.mean[able][:, columns].max(axis=1))
+    units = tuple(int(u) for u in able[np.argsort(-fear)][:count])
+    if len(units) < 2 or not columns:
+        return None
+    arguments = {
+        "units": units,
+        "schemes": tuple(plan.menu[c].name for c in columns),
+        "chunks": plan.texts["calibration"].ids[:1],
+    }
+    with run.progress.stage(PAIRS, 1, ESTIMATE_WEIGHT) as advance:
+        [outcome] = run.pool.run([Task("interactions", arguments)])
+        advance(1)
+    if outcome.error:
+        raise outcome.error
+    found = outcome.value
+    return {
+        "units": [plan.layout.units[u].name for u in found.units],
+        "schemes": list(found.schemes),
+        "tokens": found.tokens,
+        "singles": found.singles.tolist(),
+        "pairs": found.pairs.tolist(),
+        "excess": found.excess().tolist(),
+    }
+
+
+def _uniforms(plan: Plan) -> dict[int, Choice]:
+    problem = plan.problem(np.zeros(plan.bytes_table.shape))
+    found = {column: uniform(problem, column) for column in range(len(plan.menu))}
+    return {column: choice for column, choice in found.items() if choice is not None}
 
 
 def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem) -> dict[str, Any]:

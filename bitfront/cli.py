@@ -154,6 +154,9 @@ def audit(
         str | None, typer.Option(help="The equal sizes, in average bits: 3.25,4.25.")
     ] = None,
     flips: Annotated[int, typer.Option(min=0, help="Single flips.")] = 30,
+    pairs: Annotated[
+        int, typer.Option(min=0, help="Measure all pairs among so many sensitive units.")
+    ] = 0,
     address: AddressOption = "local",
     workers: WorkersOption = None,
     store: StoreOption = None,
@@ -174,6 +177,7 @@ def audit(
         maps,
         equal_maps,
         flips,
+        pairs,
         (ends[0], ends[1]) if ends else None,
         tuple(_numbers(equal_bits) or ()),
     )

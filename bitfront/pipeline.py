@@ -6,38 +6,34 @@ same path, and computes only what is missing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitfront.fronts import losses, reference_hash
+from bitfront.fronts import losses
 from bitfront.plan import Plan, settled
 from bitfront.progress import Progress
 from bitfront.proposals import propose
-from evaluation.arithmetic import DTYPES
+from bitfront.run import Run
+from bitfront.scoring import ESTIMATE_WEIGHT, score
 from evaluation.texts import Text
 from quantization.errors import BitfrontError, MeasurementError
 from search.calibration import Calibration, fit_gain
 from search.errors import SearchError
 from search.problem import Problem
-from sensitivity import ESTIMATORS, Experts, MeasuredMap, RawTable, Share, Work, merge
+from sensitivity import ESTIMATORS
 from store.database import Store
 from store.queries import (
-    QualityKey,
     candidates_of,
-    find_share,
-    key_of,
     measurements,
     open_job,
     save_candidates,
     save_measurement,
     save_model,
-    save_share,
     update_job,
 )
-from store.tables import Candidate, Job, Measurement, Model, SensitivityShare
+from store.tables import Candidate, Job, Measurement, Model
 from workers.pool import Pool, Task
 from workers.session import SessionSpec
 
@@ -46,33 +42,8 @@ OpenPool = Callable[[SessionSpec], Pool]
 
 BANK, REFERENCE = "quantizing every unit under every scheme", "the unquantized model"
 SEARCH, HELDOUT = "candidates on the search text", "finalists on held-out text"
-# how long tasks take in units of one candidate on one chunk, for the bar's first estimate only
-BANK_WEIGHT, ESTIMATE_WEIGHT = 20, 12
-
-
-@dataclass
-class Run:
-    """A job in progress: what the stages share."""
-
-    plan: Plan
-    store: Store
-    pool: Pool
-    progress: Progress
-    job: Job
-
-    @property
-    def quality(self) -> QualityKey:
-        """What all measurements of this job have in common."""
-        return QualityKey(
-            self.plan.checkpoint.weights_hash,
-            self.plan.quantizer,
-            self.plan.dtype,
-        )
-
-    @property
-    def reference_hash(self) -> str:
-        """Stands for the unquantized model among the map hashes."""
-        return reference_hash(self.plan.checkpoint.weights_hash)
+# how long it takes in units of one candidate on one chunk, for the bar's first estimate only
+BANK_WEIGHT = 20
 
 
 def run_search(
@@ -194,99 +165,6 @@ def _values(run: Run, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         yield outcome.task, outcome.value
 
 
-@dataclass(frozen=True)
-class Scores:
-    """An estimator's table over the whole calibration text.
-
-    Args:
-        mean: units x schemes, raw scores per token.
-        experts: by unit, how many tokens each expert saw.
-        seconds: of all tasks together, stored ones with what they took at the time.
-    """
-
-    mean: NDArray[np.float64]
-    experts: dict[int, list[float]]
-    seconds: float
-
-
-def score(run: Run, estimator: str) -> Scores:
-    """Run an estimator, but for the shares of its table that the store has."""
-    plan = run.plan
-    text = plan.texts["calibration"]
-    shares = ESTIMATORS[estimator].shares(len(plan.layout.units), len(text.ids))
-    provenance = {
-        "weights_hash": plan.checkpoint.weights_hash,
-        "quantizer": run.quality.quantizer,
-        "dtype": plan.dtype,
-        "text_hash": text.hash,
-        "choices": key_of(*(",".join(s.name for s in row) for row in plan.choices)),
-    }
-    keys = {share: key_of(estimator, *provenance.values(), share) for share in shares}
-    found = {share: row for share in shares if (row := find_share(run.store, keys[share]))}
-    missing = [share for share in shares if share not in found]
-    with run.progress.stage(f"sensitivity: {estimator}", len(missing), ESTIMATE_WEIGHT) as advance:
-        tasks = [
-            Task(
-                "estimate", {"estimator": estimator, "chunks": text.ids, "share": s}, label=s,
-                memory_bytes=forecast_bytes(plan, estimator, s),
-            )
-            for s in missing
-        ]  # fmt: skip
-        for outcome in run.pool.run(tasks):
-            if outcome.error:
-                raise outcome.error
-            share, (table, seconds) = outcome.task.label, outcome.value
-            found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
-            save_share(run.store, found[share])
-            advance(1)
-    whole = merge(_table(found[share]) for share in shares)
-    table = whole.mean()
-    bad = ~np.isfinite(table) & plan.offered
-    if bad.any():
-        unit = plan.layout.units[int(np.argwhere(bad)[0][0])].name
-        raise MeasurementError(
-            f"the estimator {estimator} has no finite score for {unit} (and {int(bad.sum()) - 1} "
-            "other entries); try --dtype float32, or leave it out of the job's estimators"
-        )
-    experts = {unit: own.tokens.tolist() for unit, own in whole.experts.items()}
-    return Scores(table, experts, sum(found[share].seconds for share in shares))
-
-
-def forecast_bytes(plan: Plan, estimator: str, share: Share) -> int:
-    """The memory that a task of an estimator will need on a worker."""
-    itemsize = DTYPES[plan.dtype].itemsize
-    work = Work(plan.layout, plan.texts["calibration"].ids.shape[1], itemsize)
-    return ESTIMATORS[estimator].forecast_bytes(plan.choices, share, work)
-
-
-def _share_row(
-    key: str, estimator: str, provenance: dict[str, str], table: RawTable, seconds: float
-) -> SensitivityShare:
-    experts = {
-        str(unit): {"sums": _plain(own.sums), "tokens": own.tokens.tolist()}
-        for unit, own in table.experts.items()
-    }
-    return SensitivityShare(
-        key=key, estimator=estimator, provenance=provenance, sums=_plain(table.sums),
-        tokens=table.tokens.tolist(), experts=experts,
-        maps=[asdict(measured) for measured in table.maps], seconds=seconds,
-    )  # fmt: skip
-
-
-def _plain(sums: NDArray[np.float64]) -> list[list[float | None]]:
-    """As JSON has it: no NaN."""
-    return [[None if np.isnan(x) else float(x) for x in row] for row in sums]
-
-
-def _table(row: SensitivityShare) -> RawTable:
-    experts = {
-        int(unit): Experts(np.array(own["sums"], dtype=np.float64), np.array(own["tokens"]))
-        for unit, own in (row.experts or {}).items()
-    }
-    maps = tuple(MeasuredMap(**{**m, "choice": tuple(m["choice"])}) for m in row.maps or ())
-    return RawTable(np.array(row.sums, dtype=np.float64), np.array(row.tokens), experts, maps)
-
-
 def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
     """The job's candidates; those that failed before aren't tried again in this job."""
     failures = {c.map_hash: c.failure for c in candidates_of(run.store, run.job.id)}
@@ -383,8 +261,8 @@ def _calibrate(
     floor = 2 * (run.job.facts.get("noise_floor") or 0.0)
     fits: dict[str, Calibration] = {name: fit_gain(raw[name], kl, floor) for name in problems}
     best = min(fits, key=lambda name: np.nan_to_num(fits[name].residual, nan=np.inf))
-    for candidate, score in zip(candidates, raw[best], strict=True):
-        candidate.predicted_kl = fits[best].predict(float(score)) if fits[best].maps else None
+    for candidate, raw_loss in zip(candidates, raw[best], strict=True):
+        candidate.predicted_kl = fits[best].predict(float(raw_loss)) if fits[best].maps else None
     facts = {
         "predicts": best,
         "calibration": {

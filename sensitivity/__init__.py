@@ -1,8 +1,9 @@
 """How much loss each unit suffers under each scheme; one estimator a file, one registry line."""
 
 from quantization.registry import Registry
-from sensitivity.base import Estimator, Experts, MeasuredMap, RawTable, Share, Work, menu, merge
+from sensitivity.base import Estimator, Experts, RawTable, Share, menu, merge
 from sensitivity.context_marginal import ContextMarginal
+from sensitivity.correction import MeasuredMap
 from sensitivity.fisher import DiagonalFisher
 from sensitivity.flips import Flips
 from sensitivity.gradient import Gradient
@@ -15,6 +16,7 @@ from sensitivity.output_error import OutputError
 from sensitivity.row_fisher import RowFisher
 from sensitivity.shapley import ProgressiveShapley
 from sensitivity.weight_error import WeightError
+from sensitivity.work import Work
 
 ESTIMATORS: Registry[Estimator] = Registry("estimator")
 for _estimator in (

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from evaluation.assembly import AssembledModel
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import Layout, Site, Unit
+from quantization.units import Site, Unit
+from sensitivity.correction import MeasuredMap, corrected
+from sensitivity.work import Work
 
 Floats = NDArray[np.float64]
 
 PRIOR_TOKENS = 32.0
 """How many tokens of its siblings' estimate an expert starts with (`Experts.shrunk`)."""
-
-PENALTY = 0.05
-"""Of squared logarithms of factors, in units of a squared logarithm of a map's KL (`corrected`)."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +67,6 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class MeasuredMap:
-    """A whole map that an estimator has measured.
-
-    Args:
-        choice: the column of each unit's scheme.
-        kl: nats per token.
-        chunk: the number of the chunk that it was measured on.
-    """
-
-    choice: tuple[int, ...]
-    kl: float
-    chunk: int
-
-
-@dataclass(frozen=True)
 class RawTable:
     """Sums of a raw score over calibration tokens.
 
@@ -122,9 +106,7 @@ class Estimator(ABC):
         """How to cut the work. Depends on nothing else, so that any pool has the same tasks."""
 
     @abstractmethod
-    def forecast_bytes(
-        self, choices: Sequence[Sequence[Scheme]], share: Share, work: "Work"
-    ) -> int:
+    def forecast_bytes(self, choices: Sequence[Sequence[Scheme]], share: Share, work: Work) -> int:
         """The memory that `score` will need beside the process's own, for any share."""
 
     @abstractmethod
@@ -146,89 +128,6 @@ class Estimator(ABC):
         Returns:
             A table over all units; zero sums and tokens outside the share.
         """
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a pass costs in memory, as far as a layout and a text tell.
-
-    Args:
-        tokens: of a chunk.
-        itemsize: bytes of a number of the arithmetic type.
-    """
-
-    layout: Layout
-    tokens: int
-    itemsize: int
-
-    @property
-    def width(self) -> int:
-        """Of the hidden states."""
-        return self.layout.units[0].sites[0].shape[-1]
-
-    @property
-    def outer_bytes(self) -> int:
-        """Embedding and head."""
-        return self.itemsize * sum(u.numel for u in self.layout.units if u.layer is None)
-
-    @property
-    def logits_bytes(self) -> int:
-        """One chunk's logits in float32."""
-        return 4 * self.tokens * max(u.sites[0].shape[0] for u in self.layout.units)
-
-    @property
-    def states_bytes(self) -> int:
-        """One chunk's hidden states at one place."""
-        return self.tokens * self.width * self.itemsize
-
-    @property
-    def blocks(self) -> int:
-        """Decoder blocks that hold units."""
-        return len({unit.layer for unit in self.layout.units} - {None})
-
-    @property
-    def largest_block(self) -> int:
-        """Weights of the largest block."""
-        return max(sum(unit.numel for unit in units) for units in self._by_block())
-
-    @property
-    def largest_site(self) -> int:
-        """Weights of the largest site inside the blocks."""
-        return max(s.numel for units in self._by_block() for unit in units for s in unit.sites)
-
-    @property
-    def errors_bytes(self) -> int:
-        """What reading the errors of the largest site takes, with packed codes on their way."""
-        return 64 * self.largest_site
-
-    @property
-    def most_units(self) -> int:
-        """Units of the block that has most."""
-        return max(len(units) for units in self._by_block())
-
-    @property
-    def moments_bytes(self) -> int:
-        """Second moments of the inputs of a block's sites, in float32."""
-        return 4 * max(
-            sum(s.numel // s.shape[-2] * s.shape[-1] for unit in units for s in unit.sites)
-            for units in self._by_block()
-        )
-
-    @property
-    def activations_bytes(self) -> int:
-        """What a block's graph keeps of a chunk: its products' inputs and outputs, twice over."""
-        ends = max(
-            sum(sum(site.shape[-2:]) for unit in units for site in unit.sites)
-            for units in self._by_block()
-        )
-        return 2 * self.tokens * ends * self.itemsize
-
-    def _by_block(self) -> list[list[Unit]]:
-        blocks: dict[int, list[Unit]] = {}
-        for unit in self.layout.units:
-            if unit.layer is not None:
-                blocks.setdefault(unit.layer, []).append(unit)
-        return list(blocks.values())
 
 
 def split(length: int, parts: int) -> list[tuple[int, int]]:
@@ -269,42 +168,6 @@ def merge(tables: Iterable[RawTable]) -> RawTable:
             )
     maps = (*first.maps, *(measured for table in others for measured in table.maps))
     return RawTable(sums, tokens, experts, maps)
-
-
-def corrected(table: Floats, maps: Sequence[MeasuredMap]) -> Floats:
-    """The table with each unit's scores times a factor, fitted to the measured KL of whole maps.
-
-        log KL_n = a_chunk(n) + b log sum_u e^(theta_u) table[u, choice_n(u)]
-
-    Least squares with `PENALTY` |theta|^2, which keeps a unit that the maps say little of at its
-    score; b < 1 where losses saturate. Where no scheme of a map costs anything it is left out.
-    """
-    choices = np.array([measured.choice for measured in maps])
-    scores = np.nan_to_num(table).clip(0)[np.arange(len(table))[None], choices]  # N x U
-    usable = scores.sum(axis=1) > 0
-    kl = np.array([max(measured.kl, 1e-9) for measured in maps])[usable]
-    scores, logs = scores[usable], np.log(kl)
-    _, chunk = np.unique(
-        [m.chunk for m, u in zip(maps, usable, strict=True) if u], return_inverse=True
-    )
-    units, chunks = scores.shape[1], int(chunk.max(initial=-1)) + 1
-
-    def loss(x: Floats) -> tuple[float, Floats]:
-        theta, slope, level = x[:units], x[units], x[units + 1 :]
-        parts = scores * np.exp(theta)
-        total = parts.sum(axis=1)
-        residual = level[chunk] + slope * np.log(total) - logs
-        by_theta = 2 * (residual * slope / total) @ parts + 2 * PENALTY * theta
-        by_slope = 2 * residual @ np.log(total)
-        by_level = 2 * np.bincount(chunk, residual, minlength=chunks)
-        value = residual @ residual + PENALTY * theta @ theta
-        return float(value), np.concatenate([by_theta, [by_slope], by_level])
-
-    from scipy.optimize import minimize  # slow to import
-
-    start = np.concatenate([np.zeros(units), [1.0], np.zeros(chunks)])
-    fitted = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000})
-    return np.asarray(table * np.exp(fitted.x[:units])[:, None])
 
 
 def add_experts(

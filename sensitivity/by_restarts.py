@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from evaluation.passes import Schemes
 from evaluation.restarts import Change, Restarts
 from quantization.schemes import Scheme
-from sensitivity.base import Estimator, Share, Work, menu, split
+from sensitivity.base import Estimator, Share, menu, split
+from sensitivity.work import Work
 
 UNITS_A_TASK = 24
 MOST_CHUNKS = 1

@@ -24,7 +24,6 @@ from sensitivity.base import (
     Estimator,
     RawTable,
     Share,
-    Work,
     add_experts,
     empty_table,
     lossy,
@@ -32,6 +31,7 @@ from sensitivity.base import (
     site_error,
     split,
 )
+from sensitivity.work import Work
 
 CHUNKS_A_TASK = 4
 Seen = dict[tuple[str, int], list[tuple[Tensor, Tensor]]]

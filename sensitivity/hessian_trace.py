@@ -23,13 +23,13 @@ from sensitivity.base import (
     Estimator,
     RawTable,
     Share,
-    Work,
     empty_table,
     lossy,
     menu,
     split,
     squared_error,
 )
+from sensitivity.work import Work
 
 MOST_CHUNKS = 4
 PROBES = 2

@@ -39,6 +39,16 @@ class Interactions:
     pairs: Floats
     tokens: int
 
+    def excess(self) -> Floats:
+        """By scheme (m): what pairs at that scheme cost beyond the sum of both, as a share of it."""
+        n = len(self.units)
+        upper = [(i, j) for i in range(n) for j in range(i + 1, n)]
+        found = []
+        for s in range(len(self.schemes)):
+            alone = sum(self.singles[i, s] + self.singles[j, s] for i, j in upper)
+            found.append(sum(self.pairs[i, s, j, s] for i, j in upper) / max(alone, 1e-30))
+        return np.array(found)
+
     def predict(self, choice: Sequence[int | None]) -> float:
         """KL per token of a map that sets unit k to scheme `choice[k]` (None: as in the base)."""
         at = [(k, s) for k, s in enumerate(choice) if s is not None]

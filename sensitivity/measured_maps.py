@@ -18,9 +18,11 @@ from evaluation.restarts import Restarts
 from quantization.formats import FORMATS
 from quantization.schemes import Scheme
 from quantization.units import Unit
-from sensitivity.base import Floats, MeasuredMap, RawTable, Share, Work, menu
+from sensitivity.base import Floats, RawTable, Share, menu
 from sensitivity.by_restarts import ByRestarts
+from sensitivity.correction import MeasuredMap
 from sensitivity.fisher import DiagonalFisher
+from sensitivity.work import Work
 
 MAPS_A_CHUNK = 24
 MOST_CHUNKS = 8

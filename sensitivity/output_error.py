@@ -26,7 +26,6 @@ from sensitivity.base import (
     Estimator,
     RawTable,
     Share,
-    Work,
     add_experts,
     empty_table,
     lossy,
@@ -34,6 +33,7 @@ from sensitivity.base import (
     site_error,
     split,
 )
+from sensitivity.work import Work
 
 CHUNKS_A_TASK = 8
 

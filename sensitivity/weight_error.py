@@ -10,16 +10,8 @@ from numpy.typing import NDArray
 
 from evaluation.assembly import AssembledModel
 from quantization.schemes import Scheme
-from sensitivity.base import (
-    Estimator,
-    RawTable,
-    Share,
-    Work,
-    empty_table,
-    lossy,
-    menu,
-    squared_error,
-)
+from sensitivity.base import Estimator, RawTable, Share, empty_table, lossy, menu, squared_error
+from sensitivity.work import Work
 
 
 class WeightError(Estimator):

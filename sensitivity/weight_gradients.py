@@ -25,7 +25,6 @@ from sensitivity.base import (
     Estimator,
     RawTable,
     Share,
-    Work,
     add_experts,
     empty_table,
     lossy,
@@ -33,6 +32,7 @@ from sensitivity.base import (
     middle,
     split,
 )
+from sensitivity.work import Work
 
 CHUNKS_A_TASK = 4
 SLICE = 2**18  # weights at a time: temporaries stay in cache

@@ -25,6 +25,7 @@ from quantization.statistics import Imported, Statistics
 from quantization.transforms.checkpoint import Folding, folded_sites, write_folded
 from quantization.units import Layout
 from sensitivity import ESTIMATORS, RawTable, Share
+from sensitivity.interactions import Interactions, measure_interactions
 
 Ids = NDArray[np.int64]
 
@@ -92,6 +93,13 @@ class Session:
         table = ESTIMATORS[estimator].score(self._evaluator.model, chunks, self._choices, share)
         return_memory()
         return table, time.perf_counter() - start
+
+    def interactions(
+        self, units: tuple[int, ...], schemes: tuple[str, ...], chunks: Ids
+    ) -> Interactions:
+        """Pairwise terms of some units under some schemes."""
+        wanted = [self.scheme(name) for name in schemes]
+        return measure_interactions(self._evaluator.model, chunks, units, wanted)
 
     def measure(self, schemes: tuple[str | None, ...] | None, ids: Ids) -> Measurement:
         """One candidate on one chunk; None stands for the reference, of all or of a unit."""

@@ -20,7 +20,7 @@ from store.queries import find_job
 from tests.bitfront.test_pipeline import CountingPool, small_config
 from workers.pool import InProcessPool
 
-OPTIONS = AuditOptions(mixed=12, equal=8, flips=6)
+OPTIONS = AuditOptions(mixed=12, equal=8, flips=6, pairs=3)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_second_audit_measures_nothing_again(audited):
     store, plan, job = audited
     CountingPool.methods.clear()
     again = run_audit(plan, store, CountingPool, Silent(), OPTIONS)
-    assert CountingPool.methods == ["prepare"]
+    assert CountingPool.methods == ["prepare", "interactions"]
     assert again.facts["audit"] == job.facts["audit"]
 
 
@@ -95,6 +95,8 @@ def test_the_audit_is_shown(audited, tmp_path):
     audit = job.facts["audit"]
     assert len(audit_table(job.id, audit).rows) == len(list(ESTIMATORS))
     assert audit["default"] in audit_remarks(audit)[0]
+    assert len(audit["interactions"]["units"]) == 3
+    assert any("than the sum of both" in line for line in audit_remarks(audit))
     page = tmp_path / "page.html"
     write_report(load_front(store, find_job(store, job.id)), page)
     text = page.read_text()

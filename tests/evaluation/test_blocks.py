@@ -8,6 +8,7 @@ from evaluation.assembly import AssembledModel
 from evaluation.blocks import Blocks
 from evaluation.passes import Passes, gaussian, sampled_labels, text_labels
 from evaluation.restarts import Restarts
+from quantization.bank import Bank
 from quantization.errors import MeasurementError
 from tests.conftest import CONFIGS, choices_of
 
@@ -56,7 +57,9 @@ def test_gradients_in_pieces_are_those_of_one_graph(make_bank, family):
 
 
 def test_only_the_block_at_work_is_loaded(make_bank):
-    model = AssembledModel(make_bank("llama"), CPU)
+    shared = make_bank("llama")  # whose pages other tests hold
+    bank = Bank(shared.checkpoint, shared.layout, shared.quantizer, shared.dtype)
+    model = AssembledModel(bank, CPU)
     passes = Passes(model, CHUNKS)
     units = model.bank.layout.units
     inner = [site.parameter for u in units if u.layer is not None for site in u.stored]

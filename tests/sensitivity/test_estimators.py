@@ -331,7 +331,7 @@ def test_second_order_predicts_the_loss_of_small_perturbations(evaluator, name):
 
 def test_measured_maps_correct_units_that_the_prior_misjudges():
     """A prior that is wrong by a factor of ten about some units is put right by whole maps."""
-    from sensitivity.base import MeasuredMap, corrected
+    from sensitivity.correction import MeasuredMap, corrected
 
     generator = np.random.default_rng(0)
     truth = np.exp(generator.normal(0, 1, (20, 1))) * np.array([[0.0, 1, 4, 16]])

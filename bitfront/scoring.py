@@ -1,0 +1,111 @@
+"""Sensitivity of a job: shares of an estimator's table from the store, the missing ones from workers."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront.plan import Plan
+from bitfront.run import Run
+from evaluation.arithmetic import DTYPES
+from quantization.errors import MeasurementError
+from sensitivity import ESTIMATORS, Experts, MeasuredMap, RawTable, Share, Work, merge
+from store.queries import find_share, key_of, save_share
+from store.tables import SensitivityShare
+from workers.pool import Task
+
+ESTIMATE_WEIGHT = 12
+"""How long a task takes in measurements of a candidate on a chunk, for the bar's first estimate."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """An estimator's table over the whole calibration text.
+
+    Args:
+        mean: units x schemes, raw scores per token.
+        experts: by unit, how many tokens each expert saw.
+        seconds: of all tasks together, stored ones with what they took at the time.
+    """
+
+    mean: NDArray[np.float64]
+    experts: dict[int, list[float]]
+    seconds: float
+
+
+def score(run: Run, estimator: str) -> Scores:
+    """Run an estimator, but for the shares of its table that the store has."""
+    plan = run.plan
+    text = plan.texts["calibration"]
+    shares = ESTIMATORS[estimator].shares(len(plan.layout.units), len(text.ids))
+    provenance = {
+        "weights_hash": plan.checkpoint.weights_hash,
+        "quantizer": run.quality.quantizer,
+        "dtype": plan.dtype,
+        "text_hash": text.hash,
+        "choices": key_of(*(",".join(s.name for s in row) for row in plan.choices)),
+    }
+    keys = {share: key_of(estimator, *provenance.values(), share) for share in shares}
+    found = {share: row for share in shares if (row := find_share(run.store, keys[share]))}
+    missing = [share for share in shares if share not in found]
+    with run.progress.stage(f"sensitivity: {estimator}", len(missing), ESTIMATE_WEIGHT) as advance:
+        tasks = [
+            Task(
+                "estimate", {"estimator": estimator, "chunks": text.ids, "share": s}, label=s,
+                memory_bytes=forecast_bytes(plan, estimator, s),
+            )
+            for s in missing
+        ]  # fmt: skip
+        for outcome in run.pool.run(tasks):
+            if outcome.error:
+                raise outcome.error
+            share, (table, seconds) = outcome.task.label, outcome.value
+            found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
+            save_share(run.store, found[share])
+            advance(1)
+    whole = merge(_table(found[share]) for share in shares)
+    table = whole.mean()
+    bad = ~np.isfinite(table) & plan.offered
+    if bad.any():
+        unit = plan.layout.units[int(np.argwhere(bad)[0][0])].name
+        raise MeasurementError(
+            f"the estimator {estimator} has no finite score for {unit} (and {int(bad.sum()) - 1} "
+            "other entries); try --dtype float32, or leave it out of the job's estimators"
+        )
+    experts = {unit: own.tokens.tolist() for unit, own in whole.experts.items()}
+    return Scores(table, experts, sum(found[share].seconds for share in shares))
+
+
+def forecast_bytes(plan: Plan, estimator: str, share: Share) -> int:
+    """The memory that a task of an estimator will need on a worker."""
+    itemsize = DTYPES[plan.dtype].itemsize
+    work = Work(plan.layout, plan.texts["calibration"].ids.shape[1], itemsize)
+    return ESTIMATORS[estimator].forecast_bytes(plan.choices, share, work)
+
+
+def _share_row(
+    key: str, estimator: str, provenance: dict[str, str], table: RawTable, seconds: float
+) -> SensitivityShare:
+    experts = {
+        str(unit): {"sums": _plain(own.sums), "tokens": own.tokens.tolist()}
+        for unit, own in table.experts.items()
+    }
+    return SensitivityShare(
+        key=key, estimator=estimator, provenance=provenance, sums=_plain(table.sums),
+        tokens=table.tokens.tolist(), experts=experts,
+        maps=[asdict(measured) for measured in table.maps], seconds=seconds,
+    )  # fmt: skip
+
+
+def _plain(sums: NDArray[np.float64]) -> list[list[float | None]]:
+    """As JSON has it: no NaN."""
+    return [[None if np.isnan(x) else float(x) for x in row] for row in sums]
+
+
+def _table(row: SensitivityShare) -> RawTable:
+    experts = {
+        int(unit): Experts(np.array(own["sums"], dtype=np.float64), np.array(own["tokens"]))
+        for unit, own in (row.experts or {}).items()
+    }
+    maps = tuple(MeasuredMap(**{**m, "choice": tuple(m["choice"])}) for m in row.maps or ())
+    return RawTable(np.array(row.sums, dtype=np.float64), np.array(row.tokens), experts, maps)

@@ -70,13 +70,14 @@ def audit_remarks(audit: dict[str, Any]) -> list[str]:
     null_arms = (
         f"* {default} is the default of searches of this model from now on. Its table with units "
         f"shuffled ranks with {_number(null['shuffled'])}, with their order turned round with "
-        f"{_number(null['inverse'])}."
+        f"{_number(null['inverse'])}, one that knows sizes and bits alone with "
+        f"{_number(null['bits alone'])}."
     )
     floor = (
         f"Flips that measure below twice the arithmetic's noise ({audit['noise_floor']:.2g} nats) "
         "are left out."
     )
-    lines = [null_arms, floor]
+    lines = [null_arms, floor, *audit["unable"].values()]
     residuals = next(e for e in audit["estimators"] if e["name"] == default)["residual_by_bits"]
     if residuals:
         lines.append(

@@ -28,21 +28,23 @@ from bitfront.progress import Progress
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT, Scores, score
 from cost_models import weight_bytes
+from quantization.errors import MeasurementError
 from quantization.precision_map import map_hash
-from search.audit import EQUAL, FLIPS, MIXED, Maps, Verdict, judge, null_arms, totals
+from search.audit import EQUAL, EQUAL_NEAR, FLIPS, MIXED, Maps, Verdict, judge, null_arms, totals
 from search.controls import random_exactly, random_walk, uniform
 from search.problem import Problem
 from search.statistics import Interval
 from sensitivity import ESTIMATORS
 from store.database import Store
-from store.queries import update_job
-from store.tables import Candidate, Job
+from store.queries import key_of, update_job
+from store.tables import Candidate, Job, now
 from workers.pool import Task
 
 MEASURED = "random maps on the search text"
 PAIRS = "pairs of units"
 REFERENCE = "reference"
 RANGE = (0.15, 0.6)  # of the way from the smallest to the largest uniform map
+NEAR = 10  # a tenth as many exchanges as units
 FEW_TOKENS = 64
 
 Choice = NDArray[np.intp]
@@ -55,14 +57,15 @@ class AuditOptions:
     Args:
         estimators: names; all for none.
         mixed: maps of sizes between `between` (average bits).
-        equal: maps of each size in `equal_bits`.
+        equal: maps of each size in `equal_bits`, drawn unit by unit; as many again near the
+            uniform map of that size, where a search looks.
         flips: single changes of the unquantized model.
         pairs: of how many units, the most sensitive ones, to measure all interactions.
     """
 
     estimators: tuple[str, ...] = ()
     mixed: int = 50
-    equal: int = 30
+    equal: int = 20
     flips: int = 30
     pairs: int = 0
     between: tuple[float, float] | None = None
@@ -78,10 +81,12 @@ def run_audit(
     cache: str | None = None,
 ) -> Job:
     """Audit the estimators on a planned job; the job has `audit` among its facts then."""
-    names = options.estimators or tuple(ESTIMATORS)
-    for name in names:
+    for name in options.estimators:
         ESTIMATORS[name]
     job = open_planned(plan, store)
+    # those of an earlier audit cost nothing, and the best should be the best of all
+    known = [e["name"] for e in job.facts.get("audit", {}).get("estimators", ())]
+    names = tuple(dict.fromkeys([*(options.estimators or ESTIMATORS), *known]))
     problem = plan.problem(np.zeros(plan.bytes_table.shape))
     drawn = _draw(plan, problem, options)
     with open_pool(spec_of(plan, cache)) as pool:
@@ -93,13 +98,30 @@ def run_audit(
                     raise outcome.error
                 advance(1)
         measure_reference(run)
-        scores = {name: score(run, name) for name in names}
+        scores, unable = _scores(run, names)
         candidates = [candidate for _, _, candidate in drawn]
         measure(run, candidates, plan.texts["search"], MEASURED)
         maps = _measured(run, drawn)
-        pairs = _interactions(run, scores[names[0]], options.pairs) if options.pairs > 1 else None
-    document = {**_document(run, scores, maps, problem), "interactions": pairs}
-    return update_job(store, job.id, facts={"audit": document})
+        document = {**_document(run, scores, maps, problem), "unable": unable}
+        pairs = _interactions(run, scores[document["default"]], options.pairs)
+    return update_job(store, job.id, facts={"audit": {**document, "interactions": pairs}})
+
+
+def _scores(run: Run, names: Sequence[str]) -> tuple[dict[str, Scores], dict[str, str]]:
+    """The tables of those that can score this job's units, and what the others say.
+
+    Raises:
+        MeasurementError: none of them can.
+    """
+    scores, unable = {}, {}
+    for name in names:
+        try:
+            scores[name] = score(run, name)
+        except MeasurementError as error:
+            unable[name] = str(error)
+    if not scores:
+        raise MeasurementError("; ".join(unable.values()))
+    return scores, unable
 
 
 Drawn = tuple[str, Choice, Candidate]
@@ -130,31 +152,37 @@ def _draw(plan: Plan, problem: Problem, options: AuditOptions) -> list[Drawn]:
         choice = np.full(len(plan.offered), reference, dtype=np.intp)
         choice[rows[i]] = columns[i]
         found.append((FLIPS, choice, _candidate(plan, choice)))
-    sizes = _uniform_bits(plan)
-    low, high = options.between or tuple(sizes[0] + r * (sizes[-1] - sizes[0]) for r in RANGE)
+    low, high = options.between or _middle_range(plan)
     for bits in low + (high - low) * (np.arange(options.mixed) + 0.5) / max(options.mixed, 1):
-        choice = _random(plan, problem, nbytes(float(bits)), generator)
+        choice = _near(plan, problem, nbytes(float(bits)), generator)
         found.append((MIXED, choice, _candidate(plan, choice)))
-    for bits in options.equal_bits or _middle_sizes(plan, sizes):
+    for bits in options.equal_bits or _middle_sizes(plan):
         for _ in range(options.equal):
-            choice = _random(plan, problem, nbytes(bits), generator)
+            choice = random_exactly(problem, weight_bytes.RESOURCE, nbytes(bits), generator)
             found.append((f"{EQUAL} {bits:.4g}", choice, _candidate(plan, choice)))
+        steps = max(2, int(plan.open_units.sum()) // NEAR)
+        for _ in range(options.equal):
+            choice = _near(plan, problem, nbytes(bits), generator, steps)
+            found.append((f"{EQUAL_NEAR} {bits:.4g}", choice, _candidate(plan, choice)))
     return found
 
 
-def _random(plan: Plan, problem: Problem, nbytes: int, generator: np.random.Generator) -> Choice:
-    """A random map of a size: a walk of random length from the nearest uniform one.
-
-    Walks are short and long alike, so that maps near the uniform one, where a search works, are
-    among them as well as ones that have forgotten it.
-    """
+def _near(
+    plan: Plan,
+    problem: Problem,
+    nbytes: int,
+    generator: np.random.Generator,
+    steps: int | None = None,
+) -> Choice:
+    """A random map of a size: some exchanges (any number) away from the nearest uniform map."""
     near = min(
         _uniforms(plan).values(),
         key=lambda c: abs(problem.total_cost(c, weight_bytes.RESOURCE) - nbytes),
         default=None,
     )
     start = random_exactly(problem, weight_bytes.RESOURCE, nbytes, generator, near)
-    steps = int(generator.integers(1, max(2, int(plan.open_units.sum()) // 2)))
+    if steps is None:
+        steps = int(generator.integers(1, max(2, int(plan.open_units.sum()) // 2)))
     return random_walk(problem, weight_bytes.RESOURCE, start, steps, generator)
 
 
@@ -168,9 +196,17 @@ def _uniform_bits(plan: Plan) -> list[float]:
     return bits
 
 
-def _middle_sizes(plan: Plan, sizes: Sequence[float]) -> list[float]:
+def _middle_range(plan: Plan) -> tuple[float, float]:
+    """From where maps work badly to where they work well, between the ends of the menu."""
+    sizes = _uniform_bits(plan)
+    low, high = (sizes[0] + r * (sizes[-1] - sizes[0]) for r in RANGE)
+    return low, high
+
+
+def _middle_sizes(plan: Plan) -> list[float]:
     """Two sizes of interest: the job's middle budgets, or those of the middle uniform maps."""
-    asked = list(plan.config.budgets) or list(sizes[1:-1]) or list(sizes)
+    sizes = [] if plan.config.budgets else _uniform_bits(plan)
+    asked = list(plan.config.budgets) or sizes[1:-1] or sizes
     middle = len(asked) // 2
     return asked[max(0, middle - 1) : middle + 1]
 
@@ -199,8 +235,10 @@ def _measured(run: Run, drawn: Sequence[Drawn]) -> Maps:
 def _interactions(run: Run, scores: Scores, count: int) -> dict[str, Any] | None:
     """Pairwise terms of the units that an estimator fears most for, at the two smallest schemes.
 
-    Only units inside the blocks that can get both.
+    Only units inside the blocks that can get both. Those of an earlier audit serve again.
     """
+    if count < 2:
+        return None
     plan = run.plan
     maps = {c: plan.weight_bytes(u) for c, u in _uniforms(plan).items()}
     columns = sorted((c for c in maps if plan.menu[c].weight != "bf16"), key=maps.__getitem__)[:2]
@@ -215,6 +253,10 @@ def _interactions(run: Run, scores: Scores, count: int) -> dict[str, Any] | None
         "schemes": tuple(plan.menu[c].name for c in columns),
         "chunks": plan.texts["calibration"].ids[:1],
     }
+    key = key_of(*arguments["units"], *arguments["schemes"], plan.texts["calibration"].hashes[0])
+    known = run.job.facts.get("audit", {}).get("interactions")
+    if known and known["key"] == key:
+        return dict(known)
     with run.progress.stage(PAIRS, 1, ESTIMATE_WEIGHT) as advance:
         [outcome] = run.pool.run([Task("interactions", arguments)])
         advance(1)
@@ -222,6 +264,7 @@ def _interactions(run: Run, scores: Scores, count: int) -> dict[str, Any] | None
         raise outcome.error
     found = outcome.value
     return {
+        "key": key,
         "units": [plan.layout.units[u].name for u in found.units],
         "schemes": list(found.schemes),
         "tokens": found.tokens,
@@ -253,12 +296,13 @@ def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem)
     experts = next((s.experts for s in scores.values() if s.experts), {})
     return {
         "default": default,
+        "audited_at": now().isoformat(),
         "estimators": [
             {"name": name, "unit": ESTIMATORS[name].unit, "seconds": scores[name].seconds,
              **_plain(verdict)}
             for name, verdict in verdicts.items()
         ],
-        "null_arms": null_arms(tables[default], maps, offered),
+        "null_arms": null_arms(tables[default], maps, offered, _by_bits_alone(run.plan)),
         "noise_floor": floor,
         "text": run.plan.texts["search"].source,
         "tokens": int(run.plan.texts["search"].ids.size),
@@ -277,6 +321,13 @@ def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem)
             for u, tokens in sorted(experts.items())
         ],
     }  # fmt: skip
+
+
+def _by_bits_alone(plan: Plan) -> NDArray[np.float64]:
+    """What a table would be that knows a unit's size and a scheme's bits, and nothing else."""
+    numel = np.array([[unit.numel] for unit in plan.layout.units])
+    table = numel * 4.0 ** (-8 * plan.bytes_table / numel)
+    return np.column_stack([np.where(plan.offered, table, 0.0), np.zeros(len(numel))])
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:

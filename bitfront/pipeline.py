@@ -54,10 +54,8 @@ def run_search(
     Raises:
         BitfrontError: with what was measured safely in the store.
     """
-    plan, why = settled(plan, store)
+    plan = settled(plan, store)
     job = open_planned(plan, store)
-    if why:
-        update_job(store, job.id, facts={"estimators_because": why})
     if job.state == "done":
         return job.id
     try:
@@ -134,6 +132,8 @@ def open_planned(plan: Plan, store: Store) -> Job:
         "quantizer": plan.quantizer,
         "transform": plan.folding.identity if plan.folding else None,
         "budgets": list(plan.budgets),
+        "estimators": list(plan.config.estimators),
+        "estimators_because": plan.because,
         "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
     }
     return update_job(store, job.id, facts=facts)

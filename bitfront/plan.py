@@ -23,6 +23,7 @@ from quantization.imatrix import read_imatrix
 from quantization.memory import return_memory
 from quantization.precision_map import map_hash
 from quantization.quantizers import QUANTIZERS, needs, rendering
+from quantization.quantizers.base import REVISION
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.statistics import Imported
 from quantization.transforms import TRANSFORMS
@@ -56,6 +57,7 @@ class Plan:
         budgets: upper bounds on weight bytes, rising.
         folding: how `checkpoint` is made, where the job has a transform.
         packed: whether the bank holds packed bytes instead of values.
+        because: why these estimators, where the job left that open.
     """
 
     config: JobConfig
@@ -73,6 +75,7 @@ class Plan:
     folding: Folding | None = None
     imatrix: Imported | None = None
     packed: bool = False
+    because: str | None = None
 
     @property
     def offered(self) -> NDArray[np.bool_]:
@@ -146,7 +149,7 @@ class Plan:
         named = {"model", "revision", "texts", "dtype", "transform", "imatrix", "bank"}
         config = self.config.model_dump_json(exclude=named)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]
-        extra = [self.quantizer] if self.packed or self.imatrix else []
+        extra = [self.quantizer] if self.packed or self.imatrix or REVISION > 1 else []
         return key_of(self.checkpoint.weights_hash, config, self.dtype, *texts, *extra)
 
 
@@ -202,16 +205,20 @@ def make_plan(config: JobConfig) -> Plan:
     return _transformed(plan, config.transform) if config.transform else plan
 
 
-def settled(plan: Plan, store: Store) -> tuple[Plan, str]:
-    """The plan with what `auto` stands for among its estimators, and why these; "" without one."""
+def settled(plan: Plan, store: Store) -> Plan:
+    """The plan with what `auto` stands for among its estimators, and why."""
     if AUTO not in plan.config.estimators:
-        return plan, ""
-    known = audited_job(store, plan.checkpoint.weights_hash, plan.quantizer)
-    names: tuple[str, ...] = UNPROVEN
-    why = "this model was never audited; `bitfront audit` finds its best"
+        return plan
+    names = [scheme.name for scheme in plan.menu]
+    known = audited_job(store, plan.checkpoint.weights_hash, plan.quantizer, names)
+    found: tuple[str, ...] = UNPROVEN
+    why = "this model was never audited with this menu; `bitfront audit` finds its best"
     if known:
-        names, why = (known.facts["audit"]["default"],), f"the best of the audit of job {known.id}"
-    return replace(plan, config=plan.config.model_copy(update={"estimators": names})), why
+        found, why = (known.facts["audit"]["default"],), f"the best of the audit of job {known.id}"
+    places = [found if name == AUTO else (name,) for name in plan.config.estimators]
+    estimators = tuple(dict.fromkeys(name for place in places for name in place))
+    config = plan.config.model_copy(update={"estimators": estimators})
+    return replace(plan, config=config, because=f"{AUTO}: {' and '.join(found)}, {why}")
 
 
 def plan_again(job: Job, model: Model) -> Plan:
@@ -222,13 +229,14 @@ def plan_again(job: Job, model: Model) -> Plan:
     """
     config = JobConfig.model_validate(job.config)
     # what the arithmetic was tells the statistics apart, and so the folded model
-    same = {"revision": model.revision, "dtype": job.facts["dtype"]}
+    bank = "packed" if job.facts["quantizer"].endswith(PACKED) else "values"
+    same = {"revision": model.revision, "dtype": job.facts["dtype"], "bank": bank}
     plan = make_plan(config.model_copy(update=same))
     if plan.checkpoint.weights_hash != job.weights_hash:
         raise ConfigError(
             f"the model at '{plan.checkpoint.name}' has changed since job {job.id}; search again"
         )
-    if plan.quantizer.removesuffix(PACKED) != job.facts["quantizer"].removesuffix(PACKED):
+    if plan.quantizer != job.facts["quantizer"]:
         raise ConfigError(
             f"quantizer or calibration have changed since job {job.id}: it measured "
             f"{job.facts['quantizer']}, and this would be {plan.quantizer}; search again"

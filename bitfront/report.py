@@ -227,6 +227,8 @@ def _method(front: Front) -> str:
             f" Predictions: {facts['predicts']}, gain {fit['gain']:.3g} fitted on {fit['maps']} "
             f"maps of the search text, residual {fit['residual']:.2g} (log)."
         )
+    if because := facts.get("estimators_because"):
+        words += f" Estimators, {because}."
     return words
 
 

@@ -45,7 +45,9 @@ def score(run: Run, estimator: str) -> Scores:
         "text_hash": text.hash,
         "choices": key_of(*(",".join(s.name for s in row) for row in plan.choices)),
     }
-    keys = {share: key_of(estimator, *provenance.values(), share) for share in shares}
+    revision = ESTIMATORS[estimator].revision
+    name = estimator if revision == 1 else f"{estimator}#{revision}"
+    keys = {share: key_of(name, *provenance.values(), share) for share in shares}
     found = {share: row for share in shares if (row := find_share(run.store, keys[share]))}
     missing = [share for share in shares if share not in found]
     with run.progress.stage(f"sensitivity: {estimator}", len(missing), ESTIMATE_WEIGHT) as advance:

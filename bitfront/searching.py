@@ -33,11 +33,9 @@ def run(config: JobConfig, store: Store, address: str, workers: int | None, as_j
     with errors.status(READING):
         plan = make_plan(config)
     errors.print(_summary(plan), highlight=False)
-    plan, why = settled(plan, store)
-    if why:
-        errors.print(
-            f"Sensitivity by {' and '.join(plan.config.estimators)}: {why}.", highlight=False
-        )
+    plan = settled(plan, store)
+    if plan.because:
+        errors.print(f"Sensitivity, {plan.because}.", highlight=False)
     with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
         opener = partial(open_pool, address=address, workers=workers)
         job_id = run_search(plan, store, opener, progress, os.environ.get("BITFRONT_CACHE"))

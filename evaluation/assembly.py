@@ -40,8 +40,21 @@ class AssembledModel:
         """Point every unit at its scheme's tensors; None is the reference, of a unit or of all."""
         self.load(range(len(self._current)), schemes)
 
-    def load(self, units: Iterable[int], schemes: Sequence[Scheme | None] | None = None) -> None:
-        """The same for some units; `schemes` holds one for each unit of the layout."""
+    def load(
+        self,
+        units: Iterable[int],
+        schemes: Sequence[Scheme | None] | None = None,
+        *,
+        dense: bool = False,
+    ) -> None:
+        """The same for some units.
+
+        Args:
+            units: their numbers in the layout.
+            schemes: one for each unit of the layout; None is the reference.
+            dense: dequantize what the bank has packed, for passes that differentiate or that use a
+                weight many times before they let go of it.
+        """
         for i in units:
             scheme = None if schemes is None else schemes[i]
             if scheme == self._current[i]:
@@ -51,8 +64,15 @@ class AssembledModel:
                 self.bank.reference(unit) if scheme is None else self.bank.tensors(unit, scheme)
             )
             for name, tensor in tensors.items():
-                self._point(name, tensor)
+                packed = dense and isinstance(tensor, PackedWeight)
+                self._point(name, tensor.dequantize() if packed else tensor)
             self._current[i] = scheme
+
+    def reload(self, units: Iterable[int], schemes: Sequence[Scheme | None] | None = None) -> None:
+        """Load again what somebody has changed in place of the bank's tensors."""
+        for i in units:
+            self._current[i] = UNLOADED
+            self.load([i], schemes, dense=True)
 
     def unload(self, units: Iterable[int]) -> None:
         """Let go of the weights of some units, and of their pages; `load` brings them back."""

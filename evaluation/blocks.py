@@ -69,7 +69,7 @@ class Blocks:
 
     def load(self, index: int, schemes: Sequence[Any] | None = None) -> None:
         """Load a block's weights: the reference's, or those of one scheme a unit of the layout."""
-        self.model.load(self.units[index], schemes)
+        self.model.load(self.units[index], schemes, dense=True)
 
     def unload(self, index: int) -> None:
         """Let go of a block's weights."""

@@ -108,8 +108,7 @@ class Restarts:
                 states = self._through(index, states)
                 self.blocks.unload(index)
             found.append(self.loss(states))
-            self.model.unload(self.blocks.outer)
-            self.model.load(self.blocks.outer, self.passes.schemes)
+            self.model.reload(self.blocks.outer, self.passes.schemes)
         return found
 
     def _through(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:

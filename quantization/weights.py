@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantization.checkpoints import Checkpoint, load_config, load_model
+
+SCALED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "I8", "U8")
+"""Types of tensors that mean nothing without their scales."""
 
 
 class Weights(Mapping[str, Tensor]):
@@ -45,8 +48,9 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
     module = skeleton(checkpoint, torch.float32)
     wanted = {name: tuple(tensor.shape) for name, tensor in _stored(module).items()}
     files = _files(Path(checkpoint.folder))
-    if not _converted(module) and all(files.get(n, (0, ()))[1] == s for n, s in wanted.items()):
-        return Weights({name: partial(_read, files[name][0], name) for name in wanted})
+    same = all(name in files and files[name].shape == shape for name, shape in wanted.items())
+    if same and not _converted(module):
+        return Weights({name: partial(_read, files[name].path, name) for name in wanted})
     loaded = _stored(load_model(checkpoint, torch.float32))
     return Weights({name: partial(loaded.__getitem__, name) for name in loaded})
 
@@ -76,7 +80,12 @@ def _stored(model: Any) -> dict[str, Tensor]:
 
 
 def _converted(module: Any) -> bool:
-    """Whether transformers changes tensors between files and model (old releases never do)."""
+    """Whether transformers changes tensors between files and model (old releases never do).
+
+    A quantized checkpoint holds codes whose scales lie elsewhere.
+    """
+    if getattr(module.config, "quantization_config", None):
+        return True
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:
@@ -84,14 +93,21 @@ def _converted(module: Any) -> bool:
     return bool(get_model_conversion_mapping(module, add_legacy=False))
 
 
-def _files(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Where each tensor lies, and its shape; empty where a file can't be read."""
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+class _Place(NamedTuple):
+    path: Path
+    shape: tuple[int, ...]
+
+
+def _files(folder: Path) -> dict[str, _Place]:
+    """Where each plain tensor lies, and its shape; empty where a file can't be read."""
+    found: dict[str, _Place] = {}
     with suppress(SafetensorError, OSError):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 -- not a dict
-                    found[name] = path, tuple(file.get_slice(name).get_shape())
+                    lazy = file.get_slice(name)
+                    if lazy.get_dtype() not in SCALED:
+                        found[name] = _Place(path, tuple(lazy.get_shape()))
     return found
 
 

@@ -43,8 +43,8 @@ class Maps:
         return Maps(self.choices[at], self.kl[at], self.bits[at], [group] * len(at))
 
 
-FLIPS, MIXED, EQUAL = "flips", "mixed", "equal"
-"""Single flips; maps of all sizes; maps of one size (`equal 3.25`)."""
+FLIPS, MIXED, EQUAL, EQUAL_NEAR = "flips", "mixed", "equal", "equal near"
+"""Single flips; maps of all sizes; of one size (`equal 3.25`), also near its uniform map."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,19 @@ def inverse(loss: Floats, offered: Mask) -> Floats:
     return np.asarray(loss / scale**2)
 
 
-def null_arms(loss: Floats, maps: Maps, offered: Mask, seed: int = 0) -> dict[str, float]:
-    """Mean Spearman at equal size (at all sizes without such sets) of what should fail."""
+def null_arms(
+    loss: Floats, maps: Maps, offered: Mask, bits_alone: Floats, seed: int = 0
+) -> dict[str, float]:
+    """Mean Spearman at equal size (at all sizes without such sets) of what should fail.
+
+    `bits_alone` is a table that knows nothing but sizes and bits.
+    """
     generator = np.random.default_rng(seed)
     tables = [shuffled(loss, offered, generator) for _ in range(SHUFFLES)]
     return {
         "shuffled": float(np.mean([_merit(table, maps) for table in tables])),
         "inverse": _merit(inverse(loss, offered), maps),
+        "bits alone": _merit(bits_alone, maps),
     }
 
 

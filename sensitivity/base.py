@@ -100,6 +100,8 @@ class Estimator(ABC):
 
     name: str
     unit: str
+    revision = 1
+    """Raise it when a change of the estimator changes its scores: stored ones are then left."""
 
     @abstractmethod
     def shares(self, units: int, chunks: int) -> list[Share]:
@@ -168,6 +170,16 @@ def merge(tables: Iterable[RawTable]) -> RawTable:
             )
     maps = (*first.maps, *(measured for table in others for measured in table.maps))
     return RawTable(sums, tokens, experts, maps)
+
+
+def unknown_outside_blocks(
+    table: RawTable, units: Sequence[Unit], choices: Sequence[Sequence[Scheme]]
+) -> None:
+    """Say of embedding and head, where the menu opens them, that an estimator can't score them."""
+    columns = menu(choices)
+    for u, (unit, row) in enumerate(zip(units, choices, strict=True)):
+        if unit.layer is None and len(row) > 1:
+            table.sums[u, [columns.index(scheme) for scheme in lossy(row)]] = np.nan
 
 
 def add_experts(

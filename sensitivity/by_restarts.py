@@ -9,16 +9,21 @@ from sensitivity.base import Estimator, Share, menu, split
 from sensitivity.work import Work
 
 UNITS_A_TASK = 24
-MOST_CHUNKS = 1
 
 
 class ByRestarts(Estimator):
-    """Ranges of units, chunk by chunk, on the first chunks of the text."""
+    """Ranges of units, chunk by chunk, on the first chunks of the text.
+
+    Attributes:
+        most_chunks: how many, since a change costs half a pass for each.
+    """
+
+    most_chunks = 1
 
     def shares(self, units: int, chunks: int) -> list[Share]:
         """See `Estimator.shares`."""
         ranges = split(units, -(-units // UNITS_A_TASK))
-        return [Share(r, (c, c + 1)) for c in range(min(chunks, MOST_CHUNKS)) for r in ranges]
+        return [Share(r, (c, c + 1)) for c in range(min(chunks, self.most_chunks)) for r in ranges]
 
     def forecast_bytes(self, choices: Sequence[Sequence[Scheme]], share: Share, work: Work) -> int:
         """See `Estimator.forecast_bytes`: the base's states, and a branch a change of a block."""

@@ -3,8 +3,9 @@
     score = mean over contexts c of  KL(p || c with the unit at the scheme) - KL(p || c without it)
 
 (arXiv 2607.23047: a module's distortion depends on what is quantized upstream of it.) A context is
-a map drawn at random from the menu, another one for every chunk: up to the unit it is quantized
-like that, from there on it is not.
+a map drawn at random from the menu, another one for every chunk: the blocks before the unit's and
+the rest of its own are quantized like that, the blocks after it are not. (Embedding and head, where
+the menu opens them, have the whole map for company.)
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ class ContextMarginal(ByRestarts):
 
     name = "context-marginal"
     unit = "nats per token, above a random map's"
-    downstream = False
+    most_chunks = 3
 
     def score(
         self,
@@ -47,10 +48,12 @@ class ContextMarginal(ByRestarts):
                 for scheme in (None, *lossy(choices[u]))
             ]
             changes = [
-                partial(model.load, [u], replaced(context, len(choices), u, scheme))
+                partial(
+                    model.load, [u], dense=True, schemes=replaced(context, len(choices), u, scheme)
+                )
                 for u, scheme in changed
             ]
-            found = losses(restarts, block, changes, context if self.downstream else None)
+            found = losses(restarts, block, changes)
             without = {u: loss for (u, s), loss in zip(changed, found, strict=True) if s is None}
             for (u, scheme), loss in zip(changed, found, strict=True):
                 if scheme is not None:

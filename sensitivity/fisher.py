@@ -19,6 +19,7 @@ from sensitivity.weight_gradients import WeightGradient
 class DiagonalFisher(WeightGradient):
     """Diagonal Fisher times squared error. Template for an estimator from gradients by weights."""
 
+    revision = 2  # other seeds, and experts apart
     unit = "nats per token, to second order, diagonal"
 
     def __init__(self, *, quantized: bool = False) -> None:

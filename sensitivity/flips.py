@@ -61,7 +61,9 @@ class Flips(ByRestarts):
             ]
             schemes = restarts.passes.schemes
             changes = [
-                partial(model.load, [u], replaced(schemes, len(choices), u, scheme))
+                partial(
+                    model.load, [u], dense=True, schemes=replaced(schemes, len(choices), u, scheme)
+                )
                 for u, scheme in changed
             ]
             found = losses(restarts, block, changes, schemes)

@@ -30,6 +30,7 @@ from sensitivity.base import (
     menu,
     site_error,
     split,
+    unknown_outside_blocks,
 )
 from sensitivity.work import Work
 
@@ -65,8 +66,9 @@ class Gradient(Estimator):
         choices: Sequence[Sequence[Scheme]],
         share: Share,
     ) -> RawTable:
-        """See `Estimator.score`; embedding and head, which have no block, are scored nothing."""
+        """See `Estimator.score`; of embedding and head it knows nothing."""
         table = empty_table(choices)
+        unknown_outside_blocks(table, model.bank.layout.units, choices)
         own = chunks[slice(*share.chunks)]
         table.tokens[slice(*share.units)] = own.size
         passes = Passes(model, own, share.chunks[0])

@@ -107,4 +107,4 @@ def _change(
     model: AssembledModel, base: Sequence[Scheme | None], unit: int, scheme: Scheme
 ) -> Change:
     schemes = replaced(base, len(base), unit, scheme)
-    return lambda: model.load([unit], schemes)
+    return lambda: model.load([unit], schemes, dense=True)

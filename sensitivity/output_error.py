@@ -50,9 +50,12 @@ class OutputError(Estimator):
 
     def forecast_bytes(self, choices: Sequence[Sequence[Scheme]], share: Share, work: Work) -> int:
         """See `Estimator.forecast_bytes`: a block, its second moments, two rounds of states."""
+        opened = 3 * work.opened_bytes(choices)
         states = 2 * (share.chunks[1] - share.chunks[0]) * work.states_bytes
         block = work.largest_block * work.itemsize + work.moments_bytes
-        return work.outer_bytes + states + block + work.activations_bytes + work.errors_bytes
+        return (
+            work.outer_bytes + opened + states + block + work.activations_bytes + work.errors_bytes
+        )
 
     def score(
         self,

@@ -6,7 +6,7 @@
 model and takes all units, in a random order, to their largest scheme, then all to the next one, and
 so on: a step to 3 bits is taken with half of the others at 3 bits already and half still at 4, which
 is the company that it has in a map. Marginal contributions add up to the loss of the whole exactly,
-so the scores of each uniform map are its own loss.
+so the scores of each uniform map are its own loss. Embedding and head don't walk.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from sensitivity.base import (
     empty_table,
     lossy,
     menu,
+    unknown_outside_blocks,
 )
 from sensitivity.by_restarts import ByRestarts
 
@@ -50,6 +51,7 @@ class ProgressiveShapley(ByRestarts):
         """See `Estimator.score`."""
         table, columns = empty_table(choices), menu(choices)
         units = model.bank.layout.units
+        unknown_outside_blocks(table, units, choices)
         open_ = [u for u in range(*share.units) if lossy(choices[u]) and units[u].layer is not None]
         ladders = {u: by_bytes(units[u], lossy(choices[u])) for u in open_}
         generator = np.random.default_rng(share.chunks[0])

@@ -42,5 +42,6 @@ class WeightError(Estimator):
             model.load([u])
             for scheme in lossy(choices[u]):
                 table.sums[u, columns.index(scheme)] = squared_error(model, u, scheme)
-            model.unload([u])
+            if model.bank.layout.units[u].layer is not None:  # embedding and head stay for others
+                model.unload([u])
         return table

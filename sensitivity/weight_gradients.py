@@ -71,7 +71,7 @@ class WeightGradient(Estimator):
         block = work.largest_block * work.itemsize * (1 + passes)
         errors = len(menu(choices)) * work.largest_site * work.itemsize + work.errors_bytes
         return (
-            work.outer_bytes + states + block + errors
+            work.outer_bytes + 2 * self.probes * work.opened_bytes(choices) + states + block + errors
             + work.activations_bytes + (3 + self.probes) * work.logits_bytes
         )  # fmt: skip
 
@@ -94,7 +94,9 @@ class WeightGradient(Estimator):
             for units in passes.blocks.units
         ]
         passes.forward()
+        outer = [u for u in passes.blocks.outer if u in range(*share.units) and lossy(choices[u])]
         stop = next((i for i, units in enumerate(wanted) if units), len(wanted))
+        stop = 0 if outer else stop  # an embedding wants the gradient before the first block
         counts = _Counts(model)
 
         @contextmanager
@@ -110,7 +112,7 @@ class WeightGradient(Estimator):
                 if c + 1 == len(own):
                     self._add(table, model, choices, wanted[index], held, counts)
                     held = []
-        self._add_outer(table, model, choices, share, passes)
+        self._add_outer(table, model, choices, outer, passes)
         return table
 
     def _add(
@@ -179,11 +181,10 @@ class WeightGradient(Estimator):
         table: RawTable,
         model: AssembledModel,
         choices: Sequence[Sequence[Scheme]],
-        share: Share,
+        open_: Sequence[int],
         passes: Passes,
     ) -> None:
         """Embedding and head, where the menu opens them: their gradients a chunk at a time."""
-        open_ = [u for u in passes.blocks.outer if u in range(*share.units) and lossy(choices[u])]
         if not open_:
             return
         parameters = [model.parameter(site.parameter) for site in _sites(model, open_)]

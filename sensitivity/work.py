@@ -1,7 +1,9 @@
 """What passes cost in memory, as far as a layout and a text tell: the parts of a forecast."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantization.schemes import Scheme
 from quantization.units import Layout, Unit
 
 
@@ -27,6 +29,11 @@ class Work:
     def outer_bytes(self) -> int:
         """Embedding and head."""
         return self.itemsize * sum(u.numel for u in self.layout.units if u.layer is None)
+
+    def opened_bytes(self, choices: Sequence[Sequence[Scheme]]) -> int:
+        """Embedding and head as far as the menu opens them, in float32."""
+        pairs = zip(self.layout.units, choices, strict=True)
+        return 4 * sum(u.numel for u, row in pairs if u.layer is None and len(row) > 1)
 
     @property
     def logits_bytes(self) -> int:

@@ -91,12 +91,18 @@ def find_job(store: Store, job_id: int | None) -> Job:
         return found
 
 
-def audited_job(store: Store, weights_hash: str, quantizer: str) -> Job | None:
-    """The latest job whose audit was of this model under this quantizer."""
+def audited_job(store: Store, weights_hash: str, quantizer: str, menu: Sequence[str]) -> Job | None:
+    """The job with the latest audit of this model under this quantizer and menu."""
     with store.session() as session:
-        query = select(Job).where(Job.weights_hash == weights_hash).order_by(Job.updated_at.desc())
-        jobs = (job for job in session.scalars(query) if "audit" in job.facts)
-        return next((job for job in jobs if job.facts["quantizer"] == quantizer), None)
+        jobs = session.scalars(select(Job).where(Job.weights_hash == weights_hash))
+        fitting = [
+            job
+            for job in jobs
+            if "audit" in job.facts
+            and job.facts["quantizer"] == quantizer
+            and set(job.facts["menu"]) == set(menu)
+        ]
+        return max(fitting, key=lambda job: str(job.facts["audit"]["audited_at"]), default=None)
 
 
 def list_jobs(store: Store) -> list[tuple[Job, str]]:

@@ -414,3 +414,93 @@ def test_hutchinsons_trace_is_that_of_the_exact_hessian(tmp_path):
     error = np.std(samples) / np.sqrt(len(samples))
     assert abs(np.mean(samples) - exact) < 4 * error
     assert error < 0.1 * exact
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_folders, tmp_path_factory):
+    """A bank of a tied model whose menu opens the embedding, which is its head too."""
+    from quantization.adapter import describe
+    from quantization.bank import Bank
+    from quantization.checkpoints import resolve
+    from quantization.quantizers import QUANTIZERS
+
+    checkpoint = resolve(str(tiny_folders("qwen3")))
+    layout = describe(checkpoint)
+    bank = Bank(checkpoint, layout, QUANTIZERS["rtn"], torch.float32, tmp_path_factory.mktemp("b"))
+    choices = [
+        [Scheme("int2-g32"), Scheme("int8-channel")] if unit.layer != 0 else [Scheme("bf16")]
+        for unit in layout.units
+    ]
+    bank.build(choices)
+    return bank, choices
+
+
+def test_an_open_tied_embedding_has_the_gradient_of_both_its_uses(opened):
+    """Even where the first block is pinned, so that nothing else wants the pass to go that far."""
+    bank, choices = opened
+    model = AssembledModel(bank, CPU)
+    found = whole("fisher", model, choices)
+    model.assign(None)
+    site = bank.layout.units[0].stored[0]
+    parameter = model.parameter(site.parameter).requires_grad_(True)
+    expected = 0.0
+    for index, ids in enumerate(CHUNKS):
+        backward_of_samples(model.module, ids, seed=1000 * index)
+        dw = bank.tensors(bank.layout.units[0], choices[0][0])[site.parameter] - parameter.data
+        expected += 0.5 * (parameter.grad.double() ** 2 * dw.double() ** 2).sum().item()
+        parameter.grad = None
+    parameter.requires_grad_(False)
+    column = menu(choices).index(choices[0][0])
+    assert found.sums[0, column] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_open_embedding_flips_as_the_evaluator_measures_and_leaves_the_head_alone(opened):
+    bank, choices = opened
+    evaluator = Evaluator(bank, CPU)
+    head = evaluator.head.assigned_weight.data_ptr()
+    table = whole("flips", evaluator.model, choices)
+    expected = measured(evaluator, at(bank.layout, {0: choices[0][0]}), CHUNKS[:1])
+    assert table.sums[0, menu(choices).index(choices[0][0])] == pytest.approx(expected, rel=1e-3)
+    evaluator.model.assign(None)
+    assert evaluator.head.assigned_weight.data_ptr() == head  # else KL would lose its exact form
+
+
+@pytest.mark.parametrize("name", ["gradient", "shapley"])
+def test_what_cant_be_scored_isnt_free(opened, name):
+    bank, choices = opened
+    table = whole(name, AssembledModel(bank, CPU), choices).mean()
+    columns = [menu(choices).index(scheme) for scheme in choices[0]]
+    assert np.isnan(table[0, columns]).all()
+    assert np.isfinite(table[-1, columns]).all()
+
+
+@pytest.mark.parametrize("name", ["fisher-quantized", "measured-maps", "flips-quantized", "fisher"])
+def test_packed_banks_give_the_scores_of_dequantized_ones(make_bank, name):
+    from quantization.bank import Bank
+
+    plain = make_bank("llama")
+    choices = choices_of(plain.layout)
+    packed = Bank(plain.checkpoint, plain.layout, plain.quantizer, plain.dtype, packed=True)
+    packed.build(choices)
+    share = Share((0, len(choices)), (0, 1))
+    tables = [
+        ESTIMATORS[name].score(AssembledModel(bank, CPU), CHUNKS, choices, share)
+        for bank in (plain, packed)
+    ]
+    assert tables[0].sums == pytest.approx(tables[1].sums, rel=1e-4, nan_ok=True)
+    assert [m.kl for m in tables[0].maps] == pytest.approx([m.kl for m in tables[1].maps], rel=1e-3)
+
+
+def test_experts_that_saw_little_lean_on_their_siblings():
+    from sensitivity.base import Experts
+
+    tokens = np.array([2000.0, 1.0, 0.0])
+    found = Experts(np.array([[6000.0, 300.0, 0.0]]), tokens).shrunk()[0]
+    assert found < 0.98 * 6300  # 300 from one token is mostly not believed
+    quiet = Experts(np.array([[6000.0, 0.0, 0.0]]), tokens).shrunk()[0]
+    assert quiet > 0.98 * 6000  # nor is it that two experts cost nothing
+    rates = np.array([2.0, 4.0, 300.0, 0.0])
+    many = Experts((rates * 1e6)[None], np.full(4, 1e6)).shrunk()[0]
+    assert many == pytest.approx((rates * 1e6).sum(), rel=1e-3)  # evidence speaks for itself
+    nothing = Experts(np.zeros((1, 3)), np.zeros(3)).shrunk()[0]
+    assert nothing == 0

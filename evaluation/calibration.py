@@ -131,10 +131,18 @@ def backward_of_samples(model: Any, ids: NDArray[np.int64], seed: int) -> None:
     with torch.enable_grad():
         logits = model(input_ids=batch, use_cache=False).logits[0]
         with torch.no_grad():
-            p = logits.float().softmax(-1)
-            labels = torch.multinomial(p, 1, generator=generator)[:, 0]
-            del p  # as large as the logits
+            labels = sample_labels(logits.float().softmax(-1), generator)
         torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
+
+
+def sample_labels(p_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """A label for each of T distributions over V words, by the inverse of their sums.
+
+    `torch.multinomial` draws a random number for each word: on a CPU half a forward pass's time.
+    """
+    sums_TV = p_TV.cumsum(-1)
+    drawn_T1 = torch.rand(len(p_TV), 1, generator=generator, device=p_TV.device) * sums_TV[:, -1:]
+    return torch.searchsorted(sums_TV, drawn_T1)[:, 0].clamp_(max=p_TV.shape[1] - 1)
 
 
 def _parts(sites: Sequence[Site], kind: Statistic) -> Iterator[list[Site]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evaluation.assembly import AssembledModel
 from evaluation.blocks import Blocks
+from evaluation.calibration import sample_labels
 from quantization.memory import trim
 from quantization.schemes import Scheme
 
@@ -165,8 +166,8 @@ class Passes:
 def sampled_labels(logits_TV: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
     """Of -log p(y) with y drawn from the model: p - e_y, whose covariance is the logits' Fisher."""
     p_TV = logits_TV.softmax(-1)
-    labels_T1 = torch.multinomial(p_TV, 1, generator=generator)
-    return p_TV.scatter_add_(-1, labels_T1, -torch.ones_like(p_TV[:, :1]))
+    labels_T = sample_labels(p_TV, generator)
+    return p_TV.scatter_add_(-1, labels_T[:, None], -torch.ones_like(p_TV[:, :1]))
 
 
 def gaussian(logits_TV: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:

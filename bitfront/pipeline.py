@@ -133,9 +133,10 @@ def open_planned(plan: Plan, store: Store) -> Job:
         "transform": plan.folding.identity if plan.folding else None,
         "budgets": list(plan.budgets),
         "estimators": list(plan.config.estimators),
-        "estimators_because": plan.because,
         "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
     }
+    if plan.because:  # an audit of the job plans it anew, and doesn't ask again
+        facts["estimators_because"] = plan.because
     return update_job(store, job.id, facts=facts)
 
 

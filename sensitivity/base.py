@@ -139,6 +139,11 @@ def split(length: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
+def by_chunks(units: int, chunks: int, most: int) -> list[Share]:
+    """All units for ranges of at most `most` chunks."""
+    return [Share((0, units), part) for part in split(chunks, -(-chunks // most))]
+
+
 def menu(choices: Sequence[Sequence[Scheme]]) -> list[Scheme]:
     """The columns of every table: each scheme once, in order of first appearance."""
     return list(dict.fromkeys(scheme for schemes in choices for scheme in schemes))

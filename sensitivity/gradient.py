@@ -25,11 +25,11 @@ from sensitivity.base import (
     RawTable,
     Share,
     add_experts,
+    by_chunks,
     empty_table,
     lossy,
     menu,
     site_error,
-    split,
     unknown_outside_blocks,
 )
 from sensitivity.work import Work
@@ -47,7 +47,7 @@ class Gradient(Estimator):
 
     def shares(self, units: int, chunks: int) -> list[Share]:
         """All units for a range of chunks: a backward pass reaches them all."""
-        return [Share((0, units), part) for part in split(chunks, -(-chunks // CHUNKS_A_TASK))]
+        return by_chunks(units, chunks, CHUNKS_A_TASK)
 
     def forecast_bytes(self, choices: Sequence[Sequence[Scheme]], share: Share, work: Work) -> int:
         """See `Estimator.forecast_bytes`."""

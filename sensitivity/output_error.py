@@ -27,11 +27,11 @@ from sensitivity.base import (
     RawTable,
     Share,
     add_experts,
+    by_chunks,
     empty_table,
     lossy,
     menu,
     site_error,
-    split,
 )
 from sensitivity.work import Work
 
@@ -46,7 +46,7 @@ class OutputError(Estimator):
 
     def shares(self, units: int, chunks: int) -> list[Share]:
         """All units for a range of chunks: each pass goes through all blocks."""
-        return [Share((0, units), part) for part in split(chunks, -(-chunks // CHUNKS_A_TASK))]
+        return by_chunks(units, chunks, CHUNKS_A_TASK)
 
     def forecast_bytes(self, choices: Sequence[Sequence[Scheme]], share: Share, work: Work) -> int:
         """See `Estimator.forecast_bytes`: a block, its second moments, two rounds of states."""

@@ -99,7 +99,7 @@ def test_a_packed_bank_holds_exactly_the_formats_bytes_and_the_same_values(
 def test_a_second_build_loads_and_quantizes_nothing(make_bank, monkeypatch):
     bank = make_bank("llama")
     again = Bank(bank.checkpoint, bank.layout, RTN, bank.dtype)
-    monkeypatch.setattr(bank_module, "load_model", None)  # calling it would be an error
+    monkeypatch.setattr(bank_module, "open_weights", None)  # calling it would be an error
     again.build(choices_of(bank.layout))
     assert again.missing(choices_of(bank.layout)) == []
 

@@ -77,7 +77,7 @@ def audit_remarks(audit: dict[str, Any]) -> list[str]:
         f"Flips that measure below twice the arithmetic's noise ({audit['noise_floor']:.2g} nats) "
         "are left out."
     )
-    lines = [null_arms, floor, *audit["unable"].values()]
+    lines = [null_arms, *([floor] if audit["noise_floor"] else []), *audit["unable"].values()]
     residuals = next(e for e in audit["estimators"] if e["name"] == default)["residual_by_bits"]
     if residuals:
         lines.append(

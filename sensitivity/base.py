@@ -52,7 +52,7 @@ class Experts:
         An expert's rate s_e / n_e over few tokens is noise; the mean of all, r, is worth k tokens
         of evidence (an empirical Bayes estimate with a prior of fixed weight):
 
-            rate_e = (s_e + k r) / (n_e + k)        sum = (sum_e n_e) mean_e(w_e rate_e)
+            rate_e = (s_e + k r) / (n_e + k)        sum = (sum_e n_e) sum_e w_e rate_e
 
         with w_e the expert's share of the traffic, smoothed alike: an expert that no token of this
         text reached will still serve some.

@@ -296,7 +296,7 @@ def test_shares_add_up_to_the_whole(make_bank, name):
         cut = [Share(part, (0, len(CHUNKS))) for part in ((0, 3), (3, len(choices)))]
     in_shares = merge(ESTIMATORS[name].score(model, CHUNKS, choices, share) for share in cut)
     assert in_shares.tokens == pytest.approx(in_one.tokens)
-    assert in_shares.sums == pytest.approx(in_one.sums, rel=1e-4, nan_ok=True)
+    assert in_shares.sums == pytest.approx(in_one.sums, rel=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", list(ESTIMATORS))
@@ -307,8 +307,9 @@ def test_scores_fall_with_bits_and_leave_the_model_as_it_was(make_bank, name):
     before = {n: p.clone() for n, p in model.module.named_parameters()}
     table = whole(name, model, choices).mean()
     rows = table[[u.layer is not None for u in model.bank.layout.units]][:, 1:]
-    noisy = "kl-fisher" in name or name in ALONE
-    assert (np.diff(rows, axis=1) < 0).mean() > (0.8 if noisy else 0.99)
+    falls = np.diff(rows, axis=1) < 0
+    noisy = "kl-fisher" in name or name in ALONE  # one square a pass, one walk, one company
+    assert falls.mean() > 0.8 if noisy else falls.all()
     model.assign(None)
     assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
     assert not any(p.requires_grad for p in model.module.parameters())

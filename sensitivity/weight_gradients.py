@@ -72,7 +72,7 @@ class WeightGradient(Estimator):
         errors = len(menu(choices)) * work.largest_site * work.itemsize + work.errors_bytes
         return (
             work.outer_bytes + 2 * self.probes * work.opened_bytes(choices) + states + block + errors
-            + work.activations_bytes + (3 + self.probes) * work.logits_bytes
+            + work.graphs_bytes(chunks) + (3 + self.probes) * work.logits_bytes
         )  # fmt: skip
 
     def score(
@@ -93,7 +93,6 @@ class WeightGradient(Estimator):
             [u for u in units if u in range(*share.units) and lossy(choices[u])]
             for units in passes.blocks.units
         ]
-        passes.forward()
         outer = [u for u in passes.blocks.outer if u in range(*share.units) and lossy(choices[u])]
         stop = next((i for i, units in enumerate(wanted) if units), len(wanted))
         stop = 0 if outer else stop  # an embedding wants the gradient before the first block
@@ -106,7 +105,10 @@ class WeightGradient(Estimator):
                 yield [model.parameter(site.parameter) for site in sites]
 
         held: list[tuple[Tensor, ...]] = []
+        bank = model.bank
+        work = Work(bank.layout, own.shape[1], bank.dtype.itemsize, roomy=not bank.packed)
         with _differentiable(model, [u for units in wanted for u in units]):
+            passes.forward(watch=watch if work.keeps_graphs(len(own)) else None)
             for index, c, found in passes.backward(self.probe, self.probes, watch, stop):
                 held += found
                 if c + 1 == len(own):

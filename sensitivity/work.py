@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from quantization.schemes import Scheme
 from quantization.units import Layout, Unit
 
+KEPT_BYTES = 3 * 10**9
+"""The most that one task's graphs may take: a laptop's worker has that much."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -14,11 +17,13 @@ class Work:
     Args:
         tokens: of a chunk.
         itemsize: bytes of a number of the arithmetic type.
+        roomy: memory holds the model anyhow, so that bounds by a block aren't asked for.
     """
 
     layout: Layout
     tokens: int
     itemsize: int
+    roomy: bool = False
 
     @property
     def width(self) -> int:
@@ -86,6 +91,19 @@ class Work:
             for units in self._by_block()
         )
         return 2 * self.tokens * ends * self.itemsize
+
+    def keeps_graphs(self, chunks: int) -> bool:
+        """Whether a pass over some chunks keeps the graphs of all blocks, instead of one at a time."""
+        return self.roomy and self._all_graphs_bytes(chunks) <= KEPT_BYTES
+
+    def graphs_bytes(self, chunks: int) -> int:
+        """What graphs take in a backward pass over some chunks."""
+        kept = self._all_graphs_bytes(chunks) if self.keeps_graphs(chunks) else 0
+        return kept + self.activations_bytes
+
+    def _all_graphs_bytes(self, chunks: int) -> int:
+        """Products' inputs and outputs once (an output is often an input), and a tenth for the rest."""
+        return int(0.55 * self.activations_bytes) * self.blocks * chunks
 
     def _by_block(self) -> list[list[Unit]]:
         blocks: dict[int, list[Unit]] = {}

@@ -31,11 +31,12 @@ def test_block_by_block_is_the_whole_model(make_bank, family):
     assert torch.equal(pieces, whole)
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
-def test_gradients_in_pieces_are_those_of_one_graph(make_bank, family):
+def test_gradients_in_pieces_are_those_of_one_graph(make_bank, family, kept):
+    """Whether blocks are computed again on the way back, or their graphs kept."""
     model = AssembledModel(make_bank(family), CPU)
     passes = Passes(model, CHUNKS)
-    passes.forward()
     site = next(u for u in model.bank.layout.units if u.layer == 0).stored[0]
     parameter = model.parameter(site.parameter).requires_grad_(True)
 
@@ -45,6 +46,7 @@ def test_gradients_in_pieces_are_those_of_one_graph(make_bank, family):
     def watch(index):
         yield [parameter] if index == 0 else []
 
+    passes.forward(watch=watch if kept else None)
     found = {c: g for i, c, g in passes.backward(text_labels, 1, watch) if i == 0}
     model.assign(None)
     for c, ids in enumerate(passes.ids):

@@ -81,7 +81,9 @@ def score(run: Run, estimator: str) -> Scores:
 def forecast_bytes(plan: Plan, estimator: str, share: Share) -> int:
     """The memory that a task of an estimator will need on a worker."""
     itemsize = DTYPES[plan.dtype].itemsize
-    work = Work(plan.layout, plan.texts["calibration"].ids.shape[1], itemsize, roomy=not plan.packed)
+    work = Work(
+        plan.layout, plan.texts["calibration"].ids.shape[1], itemsize, roomy=not plan.packed
+    )
     return ESTIMATORS[estimator].forecast_bytes(plan.choices, share, work)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from search.infeasible import check_limits
 from search.problem import Choice, Ints, Problem
 
 REDRAWS, SIDEWAYS = 500, 0.2
@@ -27,7 +28,7 @@ def random_at(
     """
     cost: Ints = np.where(problem.offered, problem.costs[resource], np.iinfo(np.int64).max)
     rows = np.arange(len(cost))
-    problem.check_limits({resource: limit})
+    check_limits(problem, {resource: limit})
     choice: Choice = cost.argmin(axis=1).astype(np.intp)
     room = limit - problem.total_cost(choice, resource)
     for u in generator.permutation(len(choice)):

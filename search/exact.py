@@ -1,126 +1,130 @@
-"""The exact solver: HiGHS on what the Lagrangian's reduced costs leave open.
+"""The exact solver: what reduced costs leave open, by states for one budget, else by HiGHS.
 
-A scheme whose reduced cost exceeds the distance between the relaxation's bound and the greedy
-solution can't be part of a better assignment. For one budget that usually leaves a handful of
-units to decide, and HiGHS proves the optimum of those in milliseconds.
+A scheme whose reduced cost exceeds the distance between the relaxation's bound and a solution at
+hand can't be part of a better one. For one budget that leaves a core of some dozens of units, whose
+undominated states are soon enumerated (`states`). With several budgets, or a cap on formats, HiGHS
+decides the core, and as the first solution is coarse, the core grows: entries of small reduced cost
+first, until those that are closed are proven useless or the gap is small enough.
 """
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
-from search.errors import InfeasibleBudgetError, SearchError
-from search.greedy import solve_greedy
-from search.lagrangian import Steps, hull_steps, reduced_costs, relax
-from search.problem import Choice, Limits, Mask, Problem, Solution, verified
+from search.errors import SearchError
+from search.greedy import fill, repair, solve_greedy
+from search.highs import NothingFitsError, minimise
+from search.infeasible import check_limits, infeasible
+from search.lagrangian import Steps, hull_steps, relax
+from search.problem import Floats, Limits, Problem, Solution, verified
+from search.relaxation import multipliers, reduced_costs
+from search.states import solve_core
 
 RELATIVE_GAP = 1e-9
-LARGEST_COEFFICIENT = 1e5
-REPAIRS = 5  # times a solution that breaks a limit by HiGHS's tolerance is solved more tightly
+CORE, GROWTH = 1000, 4  # entries that HiGHS is given at first, and how many times more then
+SLACK = 1e-6  # of a distance, for rounding
 
 
-def solve(problem: Problem, limits: Limits) -> Solution:
+def solve(
+    problem: Problem, limits: Limits, gap: float = RELATIVE_GAP, seconds: float = 60.0
+) -> Solution:
     """The assignment of least loss within every limit, with its bound.
+
+    Args:
+        problem: tables and rules.
+        limits: on any of its resources, all at once.
+        gap: relative distance to the bound that is good enough.
+        seconds: after which the best solution is returned with the gap that it has.
 
     Raises:
         InfeasibleBudgetError: a limit that nothing meets, or limits that nothing meets together.
-        SearchError: HiGHS gave up.
+        SearchError: nothing was found in time.
     """
-    problem.check_limits(limits)
-    if len(limits) == 1:
+    check_limits(problem, limits)
+    if len(limits) == 1 and not problem.few:
         resource, limit = next(iter(limits.items()))
-        return _solve_one(problem, resource, limit, hull_steps(problem, resource))
-    return solve_plain(problem, limits)
+        return _solve_one(problem, resource, limit, hull_steps(problem, resource), gap, seconds)
+    best = multipliers(problem, limits)
+    reduced = reduced_costs(problem, best.of)
+    start = repair(problem, limits, best.choice, reduced)
+    known = fill(problem, limits, start) if start is not None else None
+    if known is None or problem.breaks(known, limits):
+        return _grow(problem, limits, reduced, best.bound, None, gap, seconds)
+    solution = verified(problem, known, best.bound, limits)
+    return _grow(problem, limits, reduced, best.bound, solution, gap, seconds)
 
 
-def sweep(problem: Problem, resource: str, budgets: Iterable[int]) -> list[Solution]:
-    """Exact solutions for many budgets of one resource, sharing the hull."""
+def sweep(
+    problem: Problem, resource: str, budgets: Iterable[int], gap: float = RELATIVE_GAP
+) -> list[Solution]:
+    """Solutions for many budgets of one resource, sharing the hull."""
     budgets = list(budgets)
     for limit in budgets:
-        problem.check_limits({resource: limit})
+        check_limits(problem, {resource: limit})
+    if problem.few:
+        return [solve(problem, {resource: limit}, gap) for limit in budgets]
     steps = hull_steps(problem, resource)
-    return [_solve_one(problem, resource, limit, steps) for limit in budgets]
+    return [_solve_one(problem, resource, limit, steps, gap, np.inf) for limit in budgets]
 
 
 def solve_plain(problem: Problem, limits: Limits) -> Solution:
-    """HiGHS on the whole problem, without the reduction; for several limits and as a check."""
-    problem.check_limits(limits)
-    return _highs(problem, limits, problem.offered)
+    """HiGHS on the whole problem, without the reduction; as a check."""
+    check_limits(problem, limits)
+    try:
+        found = minimise(problem, limits, problem.offered, RELATIVE_GAP)
+    except NothingFitsError as error:
+        raise infeasible(problem, limits) from error
+    return verified(problem, found.choice, found.bound, limits)
 
 
-def _solve_one(problem: Problem, resource: str, limit: int, steps: Steps) -> Solution:
+def _solve_one(
+    problem: Problem, resource: str, limit: int, steps: Steps, gap: float, seconds: float
+) -> Solution:
     greedy = solve_greedy(problem, resource, limit, steps)
     relaxed = relax(problem, resource, limit, steps)
-    distance = greedy.loss - relaxed.bound
-    if distance <= RELATIVE_GAP * abs(greedy.loss):
-        return greedy
-    slack = distance * (1 + 1e-6)
-    open_ = problem.offered & (reduced_costs(problem, resource, relaxed.multiplier) <= slack)
-    exact = _highs(problem, {resource: limit}, open_)
-    best = exact if exact.loss <= greedy.loss else greedy
-    # what was closed can't beat greedy, so HiGHS's bound on the rest holds for the whole
-    return verified(problem, best.choice, min(exact.bound, best.loss), {resource: limit})
+    reduced = reduced_costs(problem, {resource: relaxed.multiplier})
+    distance = (greedy.loss - relaxed.bound) * (1 + SLACK)
+    core = problem.offered & (reduced <= distance)
+    if distance > gap * abs(greedy.loss):
+        choice = solve_core(problem, resource, limit, core, reduced, distance)
+        if choice is not None:  # the best of all that could beat greedy
+            return verified(problem, choice, problem.total_loss(choice), {resource: limit})
+    return _grow(problem, {resource: limit}, reduced, relaxed.bound, greedy, gap, seconds)
 
 
-def _highs(problem: Problem, limits: Limits, open_: Mask) -> Solution:
-    """Decide the open entries; units with one open entry only shift the limits."""
-    free = np.flatnonzero(open_.sum(axis=1) > 1)
-    choice = open_.argmax(axis=1).astype(np.intp)
-    fixed = np.setdiff1d(np.arange(len(choice)), free)
-    base = float(problem.loss[fixed, choice[fixed]].sum())
-    used = {r: int(problem.costs[r][fixed, choice[fixed]].sum()) for r in limits}
-    if not len(free):
-        return verified(problem, choice, base, limits)
-    rooms: Mapping[str, int] = {r: limit - used[r] for r, limit in limits.items()}
-    tighter = dict.fromkeys(limits, 0)
-    bound = np.inf
-    for _ in range(REPAIRS):
-        found, dual = _solve_open(problem, {r: rooms[r] - tighter[r] for r in rooms}, open_, free)
-        bound = min(bound, dual)  # tightened limits prove nothing about the real ones
-        choice[free] = found
-        over = {r: problem.total_cost(choice, r) - limits[r] for r in limits}
-        if max(over.values()) <= 0:
-            return verified(problem, choice, base + bound, limits)
-        tighter = {r: tighter[r] + max(0, over[r]) for r in limits}
-    raise SearchError(f"HiGHS keeps exceeding the limits by its tolerance: {over}")
-
-
-def _solve_open(
-    problem: Problem, rooms: Mapping[str, int], open_: Mask, free: Choice
-) -> tuple[Choice, float]:
-    """Minimise over binary variables, one for each open entry of the free units."""
-    rows, schemes = np.nonzero(open_[free])
-    units = free[rows]
-    # HiGHS stops at an absolute gap of 1e-6: without each unit's least loss, and with large
-    # numbers, that is far below what any choice changes
-    least = np.where(open_, problem.loss, np.inf).min(axis=1)
-    loss = problem.loss[units, schemes] - least[units]
-    scale = max(float(loss.max()), 1e-300) / LARGEST_COEFFICIENT
-    one_each = csr_array(
-        (np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(free), len(rows))
-    )
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for resource, room in rooms.items():
-        cost = problem.costs[resource][units, schemes]
-        step = max(int(np.gcd.reduce(cost)), 1)  # small integers keep HiGHS's tolerance harmless
-        constraints.append(LinearConstraint(cost[None, :] / step, -np.inf, room // step))
-    result = milp(
-        loss / scale,
-        integrality=np.ones(len(rows), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": RELATIVE_GAP},
-    )
-    if result.status == 2:
-        smallest = ", ".join(f"{r} >= {problem.smallest(r):,}" for r in rooms)
-        raise InfeasibleBudgetError(
-            f"the budgets can't be met together; each alone would need {smallest}"
-        )
-    if result.x is None:
-        raise SearchError(f"HiGHS found no solution: {result.message}")
-    chosen = np.flatnonzero(result.x > 0.5)
-    found = np.empty(len(free), dtype=np.intp)
-    found[rows[chosen]] = schemes[chosen]
-    return found, float(result.mip_dual_bound) * scale + float(least[free].sum())
+def _grow(
+    problem: Problem, limits: Limits, reduced: Floats, bound: float, best: Solution | None,
+    gap: float, seconds: float,
+) -> Solution:  # fmt: skip
+    """Solve growing cores, until the closed entries can't be in a better solution than `best`."""
+    deadline, count = time.monotonic() + seconds, CORE
+    order = np.sort(reduced[(reduced > 0) & np.isfinite(reduced)])
+    while best is None or best.loss - bound > gap * abs(best.loss):
+        useful = np.inf if best is None else (best.loss - bound) * (1 + SLACK)
+        reach = min(useful, order[count] if count < len(order) else np.inf)
+        open_ = problem.offered & (reduced <= reach)
+        left = deadline - time.monotonic()
+        if left <= 0 and best is not None:
+            break
+        try:
+            found = minimise(problem, limits, open_, gap, left)
+        except NothingFitsError as error:
+            if not np.isfinite(reach):
+                raise infeasible(problem, limits) from error
+            if reach == useful:  # `best` itself needs a closed entry, and can't be improved
+                bound = max(bound, best.loss if best else bound)
+        except SearchError:
+            if best is None or time.monotonic() < deadline:
+                raise
+            break
+        else:
+            if best is None or problem.total_loss(found.choice) < best.loss:
+                best = verified(problem, found.choice, bound, limits)
+            if reach == useful:
+                # what was closed can't beat `best`, so HiGHS's bound holds for the whole
+                bound = max(bound, min(found.bound, best.loss))
+                break
+        count *= GROWTH
+    assert best is not None
+    return verified(problem, best.choice, bound, limits)

@@ -84,13 +84,6 @@ def relax(problem: Problem, resource: str, limit: int, steps: Steps) -> Relaxati
     return Relaxation(choice, multiplier, problem.total_loss(choice) - multiplier * left)
 
 
-def reduced_costs(problem: Problem, resource: str, multiplier: float) -> Floats:
-    """By how much choosing each entry raises the relaxation's bound (U x S, inf not offered)."""
-    value = np.where(problem.offered, problem.loss + multiplier * problem.costs[resource], np.inf)
-    reduced: Floats = value - value.min(axis=1, keepdims=True)
-    return reduced
-
-
 def _corners(loss: Floats, cost: Ints, schemes: Choice) -> list[int]:
     """The lower convex hull of (cost, loss): schemes by rising cost and falling loss."""
     hull: list[int] = []

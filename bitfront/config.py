@@ -29,10 +29,21 @@ class Menu(_Closed):
         schemes: scheme names, in any order.
         pinned: unit kind (`embedding`, `head`, `experts`, `linear`) or a pattern of site names
             (`*.layers.0.*`) to the one scheme that those units get.
+        forbidden: kinds or patterns to schemes of the menu that those units never get.
+        most_formats: how many distinct weight formats a map may use; bf16 isn't counted.
+        left_alone: the share of the units to decide that must stay in full precision.
     """
 
     schemes: tuple[str, ...] = Field(min_length=1)
     pinned: dict[str, str] = Field(default_factory=dict)
+    forbidden: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    most_formats: int | None = Field(default=None, ge=1)
+    left_alone: float = Field(default=0.0, ge=0, le=1)
+
+    @property
+    def silent(self) -> set[str]:
+        """The rules that say nothing; a job's key leaves them out, as when they didn't exist."""
+        return {n for n in ("forbidden", "most_formats", "left_alone") if not getattr(self, n)}
 
 
 class TextConfig(_Closed):

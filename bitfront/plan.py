@@ -3,15 +3,14 @@
 `bitfront search --dry-run` prints it; it loads no weights.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitfront import rules
 from bitfront.config import DEMO, ConfigError, JobConfig
 from bitfront.demo import NAME, demo_model
 from cost_models import weight_bytes
@@ -28,7 +27,7 @@ from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.statistics import Imported
 from quantization.transforms import TRANSFORMS
 from quantization.transforms.checkpoint import Folding
-from quantization.units import Layout, Unit
+from quantization.units import Layout
 from search.errors import InfeasibleBudgetError
 from search.problem import Problem
 from sensitivity import ESTIMATORS, menu
@@ -104,8 +103,22 @@ class Plan:
     def problem(self, loss: NDArray[np.float64]) -> Problem:
         """The allocation problem under a loss table."""
         offered = self.offered
-        loss = np.where(offered, loss, 0.0)
-        return Problem(loss, {weight_bytes.RESOURCE: self.bytes_table}, offered)
+        costs = {weight_bytes.RESOURCE: self.bytes_table}
+        if self.changes:
+            costs[rules.CHANGED] = self.changes[0]
+        few = rules.few_formats(self.config.menu, self.menu)
+        names = tuple(unit.name for unit in self.layout.units)
+        return Problem(np.where(offered, loss, 0.0), costs, offered, few, names)
+
+    @property
+    def changes(self) -> tuple[NDArray[np.int64], int] | None:
+        """See `rules.changes`."""
+        return rules.changes(self.config.menu, self.menu, self.offered)
+
+    @property
+    def other_limits(self) -> dict[str, int]:
+        """Limits beside the budgets."""
+        return {rules.CHANGED: self.changes[1]} if self.changes else {}
 
     def weight_bytes(self, choice: NDArray[np.intp]) -> int:
         """Exact bytes of all weights under a map."""
@@ -147,7 +160,8 @@ class Plan:
         """Identifies what the job computes: the same question has the same key."""
         # named by the hashes below, or new since there are jobs: those keep their keys
         named = {"model", "revision", "texts", "dtype", "transform", "imatrix", "bank"}
-        config = self.config.model_dump_json(exclude=named)
+        exclude = dict.fromkeys(named, True) | {"menu": self.config.menu.silent}
+        config = self.config.model_dump_json(exclude=exclude)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]
         extra = [self.quantizer] if self.packed or self.imatrix or REVISION > 1 else []
         return key_of(self.checkpoint.weights_hash, config, self.dtype, *texts, *extra)
@@ -160,8 +174,6 @@ def make_plan(config: JobConfig) -> Plan:
         BitfrontError: a model, text, format, quantizer or estimator that isn't there.
         InfeasibleBudgetError: a budget below the smallest map's bytes.
     """
-    schemes = [Scheme.parse(name) for name in dict.fromkeys(config.menu.schemes)]
-    pins = {pattern: Scheme.parse(name) for pattern, name in config.menu.pinned.items()}
     QUANTIZERS[config.quantizer]
     for estimator in config.estimators:
         if estimator != AUTO:
@@ -172,11 +184,10 @@ def make_plan(config: JobConfig) -> Plan:
     source = demo_model() if config.model == DEMO else config.model
     checkpoint = resolve(source, config.revision, config.trust_remote_code)
     layout = describe(checkpoint)
-    choices = tuple(_choices(unit, schemes, pins) for unit in layout.units)
-    _check_pins(config, layout)
+    choices = rules.choices(layout, config.menu)
     if not any(len(row) > 1 for row in choices):
         raise ConfigError(
-            f"the menu leaves nothing to decide: of {', '.join(s.name for s in schemes)} every "
+            f"the menu leaves nothing to decide: of {', '.join(config.menu.schemes)} every "
             "unit can get one scheme only; give two or more that apply, such as int4-g64,bf16"
         )
     columns = tuple(menu(choices))
@@ -286,26 +297,6 @@ def _transformed(plan: Plan, name: str) -> Plan:
     return replace(plan, checkpoint=folding.checkpoint, folding=folding)
 
 
-def _choices(unit: Unit, schemes: Sequence[Scheme], pins: dict[str, Scheme]) -> tuple[Scheme, ...]:
-    """A pinned unit's only scheme, or those of the menu that apply to its shapes."""
-    from quantization.formats import FORMATS
-
-    for pattern, scheme in pins.items():
-        if pattern == unit.kind or any(fnmatch(site.name, pattern) for site in unit.sites):
-            return (scheme,)
-    fitting = tuple(
-        scheme
-        for scheme in schemes
-        if not any(FORMATS[scheme.weight].refusal(site.shape) for site in unit.stored)
-    )
-    if not fitting:
-        raise ConfigError(
-            f"no scheme of the menu applies to {unit.name} {unit.sites[0].shape}; "
-            "add one, or pin the unit to bf16"
-        )
-    return fitting
-
-
 def _check_disjoint(texts: dict[str, Text]) -> None:
     """Refuse texts that share a chunk: held-out text that was searched on proves nothing."""
     for role, other in combinations(texts, 2):
@@ -317,26 +308,12 @@ def _check_disjoint(texts: dict[str, Text]) -> None:
             )
 
 
-def _check_pins(config: JobConfig, layout: Layout) -> None:
-    """Refuse a pin that matches nothing: it would open what it was meant to protect."""
-    known = {"embedding", "head", "experts", "linear"}
-    names = [site.name for unit in layout.units for site in unit.sites]
-    for pattern in config.menu.pinned:
-        if pattern not in known and not any(fnmatch(name, pattern) for name in names):
-            raise ConfigError(
-                f"the menu pins '{pattern}', which is no kind of unit ({', '.join(sorted(known))}) "
-                f"and matches no site such as '{names[-1]}'"
-            )
-
-
 def _budgets(plan: Plan) -> tuple[int, ...]:
     """The job's budgets in weight bytes, checked against the smallest map."""
-    table, fixed = plan.bytes_table, plan.fixed_bytes
+    fixed = plan.fixed_bytes
     wanted = [fixed + int(bits * plan.quantizable_numel / 8) for bits in plan.config.budgets]
     wanted += plan.config.budgets_bytes
-    smallest = plan.other_bytes + plan.problem(np.zeros(table.shape)).smallest(
-        weight_bytes.RESOURCE
-    )
+    smallest = plan.other_bytes + _smallest(plan)
     for budget in wanted:
         if budget < smallest:
             bits = 8 * (smallest - fixed) / plan.quantizable_numel
@@ -345,7 +322,17 @@ def _budgets(plan: Plan) -> tuple[int, ...]:
                 f"({bits:.4g} bits on average; {fixed:,} of the bytes are pinned to full "
                 "precision); raise the budget, or add smaller formats to the menu"
             )
-    return tuple(sorted(set(wanted or _default_budgets(plan))))
+    return tuple(sorted(set(wanted or [b for b in _default_budgets(plan) if b >= smallest])))
+
+
+def _smallest(plan: Plan) -> int:
+    """The bytes of the smallest map that the menu's rules allow."""
+    problem = plan.problem(plan.bytes_table.astype(np.float64))
+    if not (problem.few or plan.other_limits):
+        return problem.smallest(weight_bytes.RESOURCE)
+    from search.exact import solve
+
+    return solve(problem, plan.other_limits).costs[weight_bytes.RESOURCE]
 
 
 def _default_budgets(plan: Plan) -> list[int]:

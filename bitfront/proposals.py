@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from bitfront.plan import Plan
 from cost_models import weight_bytes
-from search.controls import random_at, uniform
+from search.controls import random_at, some_formats, uniform
 from search.exact import sweep
 from search.problem import Problem
 from store.tables import Candidate
@@ -16,6 +16,7 @@ Choice = NDArray[np.intp]
 def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candidate]:
     """Controls first, then each estimator's optimum at each budget; equal maps once."""
     candidates: dict[str, Candidate] = {}
+    any_problem = next(iter(problems.values()))
 
     def add(
         choice: Choice,
@@ -23,6 +24,8 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
         control: str | None = None,
         certificate: dict[str, float] | None = None,
     ) -> None:
+        if any_problem.breaks(choice, plan.other_limits):
+            return  # a control that the menu's rules forbid could end up as the answer
         found = plan.map_hash(choice)
         candidate = candidates.setdefault(
             found,
@@ -41,7 +44,6 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
         # a control with a certificate is what the solver would have chosen, too
         candidate.certificate = candidate.certificate or certificate
 
-    any_problem = next(iter(problems.values()))
     uniforms = [
         (column, choice)
         for column in range(len(plan.menu))
@@ -55,10 +57,12 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
     around = list(plan.budgets) if asked or not sizes else sizes
     for size in _middle(around, plan.config.random_controls):
         limit = size - plan.other_bytes
-        add(random_at(any_problem, weight_bytes.RESOURCE, limit, generator), "random", "random")
+        allowed = some_formats(any_problem, generator)
+        if allowed.smallest(weight_bytes.RESOURCE) <= limit:
+            add(random_at(allowed, weight_bytes.RESOURCE, limit, generator), "random", "random")
     for estimator, problem in problems.items():
         limits = [budget - plan.other_bytes for budget in plan.budgets]
-        solutions = sweep(problem, weight_bytes.RESOURCE, limits)
+        solutions = sweep(problem, weight_bytes.RESOURCE, limits, plan.other_limits)
         for budget, solution in zip(plan.budgets, solutions, strict=True):
             certificate = {
                 "budget": budget,

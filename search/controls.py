@@ -1,5 +1,7 @@
 """Controls: what a mix must beat to be worth it. Uniform maps, and random ones at equal cost."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from search.infeasible import check_limits
@@ -16,6 +18,20 @@ def uniform(problem: Problem, scheme: int) -> Choice | None:
     if not problem.offered[np.arange(len(choice)), choice].all():
         return None
     return choice
+
+
+def some_formats(problem: Problem, generator: np.random.Generator) -> Problem:
+    """The problem with as many random formats as a map may have; itself where there is no cap.
+
+    A unit that would be left without any keeps its own.
+    """
+    if not problem.few:
+        return problem
+    of, most = problem.few.of, problem.few.most
+    drawn = generator.permutation(problem.few.used(np.arange(len(of))))[:most]
+    kept = problem.offered & ((of < 0) | np.isin(of, drawn))
+    offered = np.where(kept.any(axis=1, keepdims=True), kept, problem.offered)
+    return replace(problem, offered=offered)
 
 
 def random_at(

@@ -56,14 +56,29 @@ def solve(
 
 
 def sweep(
-    problem: Problem, resource: str, budgets: Iterable[int], gap: float = RELATIVE_GAP
+    problem: Problem,
+    resource: str,
+    budgets: Iterable[int],
+    others: Limits | None = None,
+    gap: float = RELATIVE_GAP,
 ) -> list[Solution]:
-    """Solutions for many budgets of one resource, sharing the hull."""
-    budgets = list(budgets)
+    """Solutions for many budgets of one resource, sharing the hull.
+
+    Args:
+        problem: tables and rules.
+        resource: whose budgets they are.
+        budgets: of it.
+        others: limits on other resources that hold for all of them.
+        gap: see `solve`.
+
+    Raises:
+        InfeasibleBudgetError: as `solve` does.
+    """
+    budgets, others = list(budgets), others or {}
     for limit in budgets:
-        check_limits(problem, {resource: limit})
-    if problem.few:
-        return [solve(problem, {resource: limit}, gap) for limit in budgets]
+        check_limits(problem, {resource: limit, **others})
+    if problem.few or others:
+        return [solve(problem, {resource: limit, **others}, gap) for limit in budgets]
     steps = hull_steps(problem, resource)
     return [_solve_one(problem, resource, limit, steps, gap, np.inf) for limit in budgets]
 

@@ -1,0 +1,104 @@
+"""What a menu allows: which schemes each unit may get, how many formats a map, how much is left alone."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront.config import ConfigError, Menu
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout, Unit
+from search.problem import FewFormats, Ints, changed
+
+KINDS = ("embedding", "experts", "head", "linear")
+CHANGED = "changed_units"
+
+
+def choices(layout: Layout, menu: Menu) -> tuple[tuple[Scheme, ...], ...]:
+    """The schemes that each unit may get.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or a unit that nothing is left for.
+    """
+    _check_patterns(layout, menu)
+    schemes = [Scheme.parse(name) for name in dict.fromkeys(menu.schemes)]
+    pins = {pattern: Scheme.parse(name) for pattern, name in menu.pinned.items()}
+    bans = {p: {Scheme.parse(name) for name in names} for p, names in menu.forbidden.items()}
+    return tuple(_choices(unit, schemes, pins, bans) for unit in layout.units)
+
+
+def _choices(
+    unit: Unit,
+    schemes: Sequence[Scheme],
+    pins: dict[str, Scheme],
+    bans: dict[str, set[Scheme]],
+) -> tuple[Scheme, ...]:
+    """A pinned unit's only scheme, or those of the menu that apply to its shapes."""
+    from quantization.formats import FORMATS
+
+    for pattern, scheme in pins.items():
+        if _matches(pattern, unit):
+            return (scheme,)
+    banned = {s for pattern, names in bans.items() if _matches(pattern, unit) for s in names}
+    fitting = tuple(
+        scheme
+        for scheme in schemes
+        if scheme not in banned
+        and not any(FORMATS[scheme.weight].refusal(site.shape) for site in unit.stored)
+    )
+    if not fitting:
+        but = f", forbidden ones left out ({', '.join(sorted(s.name for s in banned))})"
+        raise ConfigError(
+            f"no scheme of the menu applies to {unit.name} {unit.sites[0].shape}"
+            f"{but if banned else ''}; add one, or pin the unit to bf16"
+        )
+    return fitting
+
+
+def _matches(pattern: str, unit: Unit) -> bool:
+    return pattern == unit.kind or any(fnmatch(site.name, pattern) for site in unit.sites)
+
+
+def _check_patterns(layout: Layout, menu: Menu) -> None:
+    """Refuse a pin that matches nothing: it would open what it was meant to protect."""
+    names = [site.name for unit in layout.units for site in unit.sites]
+    for verb, patterns in (("pins", menu.pinned), ("forbids schemes for", menu.forbidden)):
+        for pattern in patterns:
+            if pattern not in KINDS and not any(fnmatch(name, pattern) for name in names):
+                raise ConfigError(
+                    f"the menu {verb} '{pattern}', which is no kind of unit ({', '.join(KINDS)}) "
+                    f"and matches no site such as '{names[-1]}'"
+                )
+
+
+def few_formats(menu: Menu, columns: Sequence[Scheme]) -> FewFormats | None:
+    """The cap on formats; full precision needs no kernel and isn't counted."""
+    if menu.most_formats is None:
+        return None
+    formats = list(dict.fromkeys(scheme.weight for scheme in columns))
+    of = [-1 if s.weight == FULL_PRECISION else formats.index(s.weight) for s in columns]
+    return FewFormats(np.array(of), menu.most_formats)
+
+
+def changes(
+    menu: Menu, columns: Sequence[Scheme], offered: NDArray[np.bool_]
+) -> tuple[Ints, int] | None:
+    """What changing a unit counts (units x schemes), and the most units that may be changed.
+
+    Raises:
+        ConfigError: more units must be left alone than can be.
+    """
+    if not menu.left_alone:
+        return None
+    alone = [i for i, s in enumerate(columns) if s.weight == FULL_PRECISION]
+    open_ = offered.sum(axis=1) > 1
+    able = int((open_ & offered[:, alone].any(axis=1)).sum()) if alone else 0
+    wanted = int(np.ceil(menu.left_alone * open_.sum() - 1e-9))
+    if able < wanted:
+        raise ConfigError(
+            f"left_alone: {menu.left_alone:g} of {open_.sum()} units are {wanted} in full precision, "
+            f"and {able} may be; add bf16 to the menu's schemes"
+        )
+    table = np.where(open_[:, None], changed(offered, alone), 0)
+    return table, int(open_.sum()) - wanted

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,14 +65,22 @@ class Evaluator:
         start = time.perf_counter()
         self.model.assign(schemes)
         q_TH = p_TH if schemes is None else self.hidden(self.model.module, ids)
+        found = self.loss(p_TH, q_TH, ids, "the unquantized model" if schemes is None else None)
+        return replace(found, seconds=time.perf_counter() - start)
+
+    def loss(self, p_TH: Tensor, q_TH: Tensor, ids: Ids, whose: str | None = None) -> Measurement:
+        """What final hidden states `q_TH` of the assigned map make; without seconds.
+
+        Raises:
+            MeasurementError: NaN or infinity in the logits (of `whose`, a candidate's by default).
+        """
         loss = self.compare(p_TH, q_TH, ids, self.head.assigned_weight)
         if not np.isfinite([loss.kl_sum, loss.nll_sum]).all():
             raise MeasurementError(
-                "NaN or infinity in the logits of "
-                + ("the unquantized model" if schemes is None else "a candidate")
-                + f" in {_name(self.bank.dtype)}; try --dtype float32"
+                f"NaN or infinity in the logits of {whose or 'a candidate'} in "
+                f"{_name(self.bank.dtype)}; try --dtype float32"
             )
-        return Measurement(loss.kl_sum, loss.nll_sum, loss.tokens, time.perf_counter() - start)
+        return Measurement(loss.kl_sum, loss.nll_sum, loss.tokens, 0.0)
 
     def compare(self, p_TH: Tensor, q_TH: Tensor, ids: Ids, q_weight: Tensor) -> Loss:
         """The loss of final hidden states `q_TH` (and a head) on a chunk."""

@@ -59,6 +59,18 @@ class WeightGradient(Estimator):
     def total(self, contracted_SP: Tensor) -> Tensor:
         """A unit's S scores, summed over the tokens of all passes."""
 
+    def base(
+        self, model: AssembledModel, choices: Sequence[Sequence[Scheme]]
+    ) -> Sequence[Scheme | None] | None:
+        """The map whose gradients are taken; None for the unquantized model."""
+        if not self.quantized:
+            return None
+        units = model.bank.layout.units
+        return [middle(unit, row) for unit, row in zip(units, choices, strict=True)]
+
+    def arrived(self, passes: Passes) -> None:
+        """Between the forward and the backward passes."""
+
     def shares(self, units: int, chunks: int) -> list[Share]:
         """All units for a range of chunks: a backward pass reaches them all."""
         return by_chunks(units, chunks, CHUNKS_A_TASK)
@@ -86,9 +98,7 @@ class WeightGradient(Estimator):
         table = empty_table(choices)
         own = chunks[slice(*share.chunks)]
         table.tokens[slice(*share.units)] = own.size
-        units = model.bank.layout.units
-        base = [middle(unit, row) for unit, row in zip(units, choices, strict=True)]
-        passes = Passes(model, own, share.chunks[0], base if self.quantized else None)
+        passes = Passes(model, own, share.chunks[0], self.base(model, choices))
         wanted = [
             [u for u in units if u in range(*share.units) and lossy(choices[u])]
             for units in passes.blocks.units
@@ -109,6 +119,7 @@ class WeightGradient(Estimator):
         work = Work(bank.layout, own.shape[1], bank.dtype.itemsize, roomy=not bank.packed)
         with _differentiable(model, [u for units in wanted for u in units]):
             passes.forward(watch=watch if work.keeps_graphs(len(own)) else None)
+            self.arrived(passes)
             for index, c, found in passes.backward(self.probe, self.probes, watch, stop):
                 held += found
                 if c + 1 == len(own):

@@ -26,6 +26,7 @@ from quantization.transforms.checkpoint import Folding, folded_sites, write_fold
 from quantization.units import Layout
 from sensitivity import ESTIMATORS, RawTable, Share
 from sensitivity.interactions import Interactions, measure_interactions
+from sensitivity.slopes import LocalSlopes, measure_slopes
 
 Ids = NDArray[np.int64]
 
@@ -109,6 +110,11 @@ class Session:
             else [None if name is None else self.scheme(name) for name in schemes]
         )
         return self._evaluator.measure(wanted, ids)
+
+    def slopes(self, schemes: tuple[str, ...], ids: Ids) -> LocalSlopes:
+        """One candidate on one chunk, with its slopes."""
+        wanted = [self.scheme(name) for name in schemes]
+        return measure_slopes(self._evaluator, wanted, ids, self._choices)
 
     def noise_floor(self, ids: Ids) -> float | None:
         """KL between float32 and the session's arithmetic type on one chunk."""

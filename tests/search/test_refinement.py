@@ -1,0 +1,151 @@
+"""Refinement on a model small enough to know: errors that meet, text that is noisy, a loss that saturates."""
+
+import numpy as np
+import pytest
+
+from search.exact import sweep
+from search.posterior import Difference, Posterior, Slopes
+from search.problem import Problem
+from search.refinement import Refinement
+
+UNITS, SCHEMES, WIDTH, CHUNKS = 24, 4, 12, 8
+BITS = np.array([2, 3, 4, 6])
+
+
+class Model:
+    """loss = log(1 + |J_c sum_u dW_u|^2 / 2): cross terms between units, and each chunk its J."""
+
+    def __init__(self, seed):
+        rng = np.random.default_rng(seed)
+        scale = rng.lognormal(-1, 0.7, (UNITS, 1, 1)) * 2.0 ** -BITS[None, :, None]
+        self.errors = scale * rng.standard_normal((UNITS, SCHEMES, WIDTH)) * 2
+        self.mean = rng.standard_normal((WIDTH, WIDTH))
+        self.maps = self.mean + 0.2 * rng.standard_normal((CHUNKS, WIDTH, WIDTH))
+        prior = 0.5 * np.square(self.errors @ self.mean.T).sum(-1)
+        self.cost = rng.integers(1, 5, (UNITS, 1)) * 1000 * BITS
+        self.problem = Problem(prior, {"bits": self.cost}, np.ones((UNITS, SCHEMES), bool))
+        low, high = self.cost.min(1).sum(), self.cost.max(1).sum()
+        self.budgets = [int(low + f * (high - low)) for f in (0.2, 0.5)]
+
+    def loss(self, choice, jacobian):
+        total = self.errors[np.arange(UNITS), choice].sum(0)
+        return float(np.log1p(0.5 * np.square(jacobian @ total).sum()))
+
+    def slopes(self, choice, chunk):
+        jacobian = self.maps[chunk]
+        own = self.errors[np.arange(UNITS), choice]
+        gradient = jacobian.T @ jacobian @ own.sum(0) / np.exp(self.loss(choice, jacobian))
+        return (self.errors - own[:, None]) @ gradient
+
+    def refine(self, questions, seed=0):
+        starts = dict(zip(self.budgets, sweep(self.problem, "bits", self.budgets), strict=True))
+        refinement = Refinement(
+            self.problem, "bits", {b: [s.choice] for b, s in starts.items()}, CHUNKS, seed
+        )
+        for _ in range(questions):
+            question = refinement.ask()
+            if question is None:
+                break
+            loss = self.loss(question.choice, self.maps[question.chunk])
+            refinement.tell(question, loss, self.slopes(question.choice, question.chunk))
+        return refinement, {b: s.choice for b, s in starts.items()}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_measured_maps_beat_the_estimators_optimum_on_every_text(seed):
+    """On the chunks that were searched, and on what they are noisy copies of."""
+    model = Model(seed)
+    refinement, starts = model.refine(300)
+    for budget in model.budgets:
+        best, start = refinement.best(budget), starts[budget]
+        assert model.problem.breaks(best, {"bits": budget}) is None
+        measured = np.mean([model.loss(best, j) for j in model.maps])
+        assert measured < 0.8 * np.mean([model.loss(start, j) for j in model.maps])
+        assert model.loss(best, model.mean) < model.loss(start, model.mean)
+
+
+def test_one_question_at_a_time_is_deterministic_and_another_seed_is_another_search():
+    model = Model(0)
+    runs = [model.refine(60, seed)[0] for seed in (1, 1, 2)]
+    logs = [[tuple(entry.values()) for entry in run.log] for run in runs]
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_many_questions_may_be_open_at_once():
+    """As workers ask for them; every one is asked once, and answers may come in any order."""
+    model, rng = Model(1), np.random.default_rng(0)
+    refinement, starts = model.refine(0)
+    open_, seen = [], set()
+    for _ in range(200):
+        while len(open_) < 5 and (question := refinement.ask()):
+            key = (question.choice.tobytes(), question.chunk)
+            assert key not in seen
+            seen.add(key)
+            open_.append(question)
+        if not open_:
+            break
+        question = open_.pop(int(rng.integers(len(open_))))
+        loss = model.loss(question.choice, model.maps[question.chunk])
+        refinement.tell(question, loss, model.slopes(question.choice, question.chunk))
+    for budget in model.budgets:
+        assert model.loss(refinement.best(budget), model.mean) < model.loss(
+            starts[budget], model.mean
+        )
+
+
+def dense(posterior):
+    """Mean and covariance of the table as one long vector, before differences."""
+    units, schemes = posterior.mean.shape
+    covariance = np.zeros((units * schemes, units * schemes))
+    for u, block in enumerate(posterior.covariance):
+        at = slice(u * schemes, (u + 1) * schemes)
+        covariance[at, at] = block
+    return posterior.mean.ravel(), covariance
+
+
+def test_the_posterior_is_that_of_the_textbook():
+    """Differences couple units: the small algebra against conditioning of the whole vector."""
+    rng = np.random.default_rng(0)
+    prior = rng.lognormal(0, 1, (7, 1)) * 4.0 ** -np.arange(4)
+    at, other = rng.integers(0, 4, (2, 7))
+    posterior = Posterior(prior, at, float(prior[np.arange(7), at].sum()), noise=0.1)
+    posterior.slopes(Slopes(at, 0.1 * rng.normal(size=(7, 4)), posterior.loss, 2))
+    mean, covariance = dense(posterior)
+    seen = [Difference(at, other, -0.3, 0.01), Difference(other, at[::-1], 0.2, 0.02)]
+    rows = np.zeros((2, 28))
+    for row, difference in zip(rows, seen, strict=True):
+        posterior.difference(difference)
+        np.add.at(row, np.arange(7) * 4 + difference.after, 1)
+        np.add.at(row, np.arange(7) * 4 + difference.before, -1)
+    noise = [d.variance + posterior._additivity(d) for d in seen]
+    gain = covariance @ rows.T @ np.linalg.inv(rows @ covariance @ rows.T + np.diag(noise))
+    expected = mean + gain @ (np.array([d.value for d in seen]) - rows @ mean)
+    assert posterior.table().ravel() == pytest.approx(expected, abs=1e-9)
+    drawn = np.array([posterior.draw(rng).ravel() for _ in range(4000)])
+    spread = covariance - gain @ rows @ covariance
+    assert np.diag(np.cov(drawn.T)) == pytest.approx(np.diag(spread), rel=0.15)
+
+
+def test_slopes_of_a_quadratic_loss_without_noise_are_learned():
+    """Entries that the prior gets wrong by cross terms come out nearer to the truth."""
+    model = Model(2)
+    at = np.full(UNITS, 1)
+    rows = np.arange(UNITS)
+    loss = model.loss(at, model.maps[0])
+    prior = model.problem.loss * loss / model.problem.loss[rows, at].sum()
+    before = Posterior(prior, at, loss, noise=1e-6)
+    after = Posterior(prior, at, loss, noise=1e-6)
+    after.slopes(Slopes(at, model.slopes(at, 0), loss, 1))
+
+    def errors(posterior):
+        table = posterior.table()
+        found = []
+        for u in range(UNITS):
+            for s in (0, 2, 3):
+                changed = at.copy()
+                changed[u] = s
+                true = model.loss(changed, model.maps[0]) - loss
+                found.append(table[u, s] - table[u, at[u]] - true)
+        return np.abs(found).mean()
+
+    assert errors(after) < 0.7 * errors(before)

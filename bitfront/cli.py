@@ -102,7 +102,14 @@ def search(
     transform: Annotated[
         str | None, typer.Option(help="Rescale channels first: awq or smoothquant.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the random controls.")] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(help="Measurements (a map on a chunk) to refine maps with; 0 for none."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Refine for so long at most; 0.5 or more.", min=0.5)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random controls and refinement.")] = None,
     address: AddressOption = "local",
     workers: WorkersOption = None,
     dry_run: Annotated[
@@ -129,6 +136,8 @@ def search(
         "estimators": estimators.split(",") if estimators else None,
         "dtype": dtype,
         "transform": transform,
+        "refinement.measurements": refine,
+        "refinement.minutes": minutes,
         "seed": seed,
         **{f"texts.{role}.source": source or text for role, source in sources.items()},
     }

@@ -68,6 +68,18 @@ class Texts(_Closed):
     heldout: HeldoutConfig
 
 
+class RefinementConfig(_Closed):
+    """How long maps are refined by measurement, each with its slopes (about four measurements).
+
+    Args:
+        measurements: at most so many, a map on a chunk each; 0 for none.
+        minutes: and at most so long; what is found then depends on the machine's speed.
+    """
+
+    measurements: int = Field(default=0, ge=0)
+    minutes: float | None = Field(default=None, gt=0)
+
+
 class JobConfig(_Closed):
     """Everything that determines a job's result.
 
@@ -94,6 +106,7 @@ class JobConfig(_Closed):
     budgets: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     budgets_bytes: tuple[Annotated[int, Field(gt=0)], ...] = ()
     random_controls: int = Field(ge=0)
+    refinement: RefinementConfig = RefinementConfig()
     seed: int = 0
     dtype: str = "auto"
     transform: str | None = None

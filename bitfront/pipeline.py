@@ -15,6 +15,7 @@ from bitfront.fronts import losses
 from bitfront.plan import Plan, settled
 from bitfront.progress import Progress
 from bitfront.proposals import propose
+from bitfront.refining import REFINE, SLOPES_WEIGHT, refine, starts_of
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT, score
 from evaluation.texts import Text
@@ -41,6 +42,7 @@ Choice = NDArray[np.intp]
 OpenPool = Callable[[SessionSpec], Pool]
 
 BANK, REFERENCE = "quantizing every unit under every scheme", "the unquantized model"
+REFINED = "refined maps on the whole search text"
 SEARCH, HELDOUT = "candidates on the search text", "finalists on held-out text"
 # how long it takes in units of one candidate on one chunk, for the bar's first estimate only
 BANK_WEIGHT = 20
@@ -85,6 +87,11 @@ def _run_stages(run: Run) -> None:
 
     measure(run, candidates, search, SEARCH, failed)
     candidates = _calibrate(run, candidates, problems)
+    refined = _refine(run, candidates, problems)
+    if refined:
+        candidates += refined
+        measure(run, refined, search, REFINED, failed)
+        candidates = _calibrate(run, candidates, problems)
     finalists = _choose_finalists(run, candidates)
     save_candidates(run.store, candidates)
     heldout = plan.texts["heldout"]
@@ -105,6 +112,8 @@ def _expected_work(plan: Plan) -> dict[str, float]:
         SEARCH: float(proposals * config.texts.search.chunks),
         HELDOUT: float((controls + len(plan.budgets)) * config.texts.heldout.chunks),
     }
+    if config.refinement.measurements:
+        work[REFINE] = float(SLOPES_WEIGHT * config.refinement.measurements)
     for name in config.estimators:
         shares = ESTIMATORS[name].shares(units, config.texts.calibration.chunks)
         work[f"sensitivity: {name}"] = float(ESTIMATE_WEIGHT * len(shares))
@@ -276,6 +285,23 @@ def _calibrate(
     }
     run.job = update_job(run.store, run.job.id, facts=facts)
     return candidates
+
+
+def _refine(
+    run: Run, candidates: Sequence[Candidate], problems: dict[str, Problem]
+) -> list[Candidate]:
+    """Refined maps that are new, numbered after those of the job."""
+    problem = problems[run.job.facts["predicts"]]
+    measured = losses(run.store, run.quality, candidates, run.plan.texts["search"].hashes)
+    kl = {map_hash: found.kl.mean for map_hash, found in measured.items()}
+    known, new = {c.map_hash for c in candidates}, []
+    for candidate in refine(run, problem, starts_of(run.plan, candidates, kl)):
+        if candidate.map_hash not in known:
+            known.add(candidate.map_hash)
+            candidate.point = len(known)
+            new.append(candidate)
+    save_candidates(run.store, new)
+    return new
 
 
 def _choose_finalists(run: Run, candidates: list[Candidate]) -> list[Candidate]:

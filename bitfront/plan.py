@@ -160,6 +160,8 @@ class Plan:
         """Identifies what the job computes: the same question has the same key."""
         # named by the hashes below, or new since there are jobs: those keep their keys
         named = {"model", "revision", "texts", "dtype", "transform", "imatrix", "bank"}
+        if not self.config.refinement.measurements:
+            named.add("refinement")
         exclude = dict.fromkeys(named, True) | {"menu": self.config.menu.silent}
         config = self.config.model_dump_json(exclude=exclude)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]

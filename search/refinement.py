@@ -19,7 +19,7 @@ import numpy as np
 from search.errors import SearchError
 from search.exact import solve
 from search.posterior import Difference, Posterior, Slopes
-from search.problem import Choice, Floats, Problem
+from search.problem import Choice, Floats, Limits, Problem
 
 WIDTH = 4  # chunks of a comparison, at first
 TRUST = 12  # changes of a candidate, at first
@@ -93,6 +93,7 @@ class Refinement:
         starts: for each budget, maps within it; the first is the incumbent, the others challenge it.
         chunks: how many chunks of text there are.
         seed: of the order of chunks and of the draws.
+        others: limits on other resources, the same for all budgets.
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class Refinement:
         starts: Mapping[int, Sequence[Choice]],
         chunks: int,
         seed: int = 0,
+        others: Limits | None = None,
     ) -> None:
         self._problem, self._resource, self._chunks = problem, resource, chunks
+        self._others = dict(others or {})
         self._generator = np.random.default_rng(seed)
         self._rows = np.arange(len(problem.loss))
         self._records: dict[bytes, _Record] = {}
@@ -111,9 +114,9 @@ class Refinement:
         self._descents = []
         self.log: list[dict[str, float]] = []
         for limit, maps in starts.items():
-            first, *others = [self._record(choice) for choice in maps]
+            first, *queue = [self._record(choice) for choice in maps]
             order = self._generator.permutation(chunks).tolist()
-            self._descents.append(_Descent(limit, order, first, others, width=min(WIDTH, chunks)))
+            self._descents.append(_Descent(limit, order, first, queue, width=min(WIDTH, chunks)))
 
     def ask(self) -> Question | None:
         """What to measure next; None while answers are awaited, or when all budgets are done."""
@@ -204,7 +207,7 @@ class Refinement:
             table - table[self._rows, at][:, None],
             {**problem.costs, CHANGES: changes}, problem.offered, problem.few, problem.names,
         )  # fmt: skip
-        limits = {self._resource: descent.limit, CHANGES: int(descent.trust)}
+        limits = {**self._others, self._resource: descent.limit, CHANGES: int(descent.trust)}
         try:
             return solve(local, limits, GAP, SECONDS).choice.astype(np.intp)
         except SearchError:

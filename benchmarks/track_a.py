@@ -22,7 +22,7 @@ from bitfront.plan import Plan, make_plan
 from cost_models import weight_bytes
 from search.controls import uniform
 from search.exact import sweep
-from search.refinement import Refinement
+from search.strategies import Setting, make_strategy
 from sensitivity import ESTIMATORS, merge
 from workers.session import Session
 
@@ -94,7 +94,8 @@ def main() -> None:
     }
     write(given.out, plan, {b: s.choice for b, s in zip(limits, first, strict=True)}, "start")
 
-    refinement = Refinement(problem, weight_bytes.RESOURCE, starts, len(chunks), given.seed)
+    setting = Setting(problem, weight_bytes.RESOURCE, starts, len(chunks), given.seed)
+    refinement = make_strategy("refine", setting)
     asked, longest, told = 0, 0.0, 0
     while elapsed() + 1.2 * longest < 60 * given.minutes - MARGIN_S and (
         question := refinement.ask()
@@ -113,8 +114,6 @@ def main() -> None:
         "seconds": {"ready": ready, "estimated": estimated, "all": elapsed()},
         "estimator_chunks": int(tables[0].tokens.max() / LENGTH) * len(tables),
         "questions": asked, "tokens": asked * LENGTH,
-        "search_kl": {b: float(np.mean(list(refinement.measured(limit).values())))
-                      for b, limit in limits.items()},
         "steps": refinement.log,
     }  # fmt: skip
     (given.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")

@@ -106,6 +106,9 @@ def search(
         int | None,
         typer.Option(help="Measurements (a map on a chunk) to refine maps with; 0 for none."),
     ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="How: refine, evolve, or optuna:SAMPLER.")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Refine for so long at most; 0.5 or more.", min=0.5)
     ] = None,
@@ -137,6 +140,7 @@ def search(
         "dtype": dtype,
         "transform": transform,
         "refinement.measurements": refine,
+        "refinement.strategy": strategy,
         "refinement.minutes": minutes,
         "seed": seed,
         **{f"texts.{role}.source": source or text for role, source in sources.items()},

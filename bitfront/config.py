@@ -69,13 +69,16 @@ class Texts(_Closed):
 
 
 class RefinementConfig(_Closed):
-    """How long maps are refined by measurement, each with its slopes (about four measurements).
+    """How long maps are refined by measurement, and how.
 
     Args:
+        strategy: `refine` (whose measurements have slopes, and take four times as long), `evolve`,
+            or `optuna:SAMPLER`, such as `optuna:NSGAIISampler` or `optuna:module:Class`.
         measurements: at most so many, a map on a chunk each; 0 for none.
         minutes: and at most so long; what is found then depends on the machine's speed.
     """
 
+    strategy: str = "refine"
     measurements: int = Field(default=0, ge=0)
     minutes: float | None = Field(default=None, gt=0)
 

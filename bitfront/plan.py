@@ -30,6 +30,7 @@ from quantization.transforms.checkpoint import Folding
 from quantization.units import Layout
 from search.errors import InfeasibleBudgetError
 from search.problem import Problem
+from search.strategies import check_strategy
 from sensitivity import ESTIMATORS, menu
 from store.database import Store
 from store.queries import audited_job, key_of
@@ -182,6 +183,7 @@ def make_plan(config: JobConfig) -> Plan:
             ESTIMATORS[estimator]
     if config.transform:
         TRANSFORMS[config.transform]
+    check_strategy(config.refinement.strategy)
     dtype, reason = choose_dtype(config.dtype)
     source = demo_model() if config.model == DEMO else config.model
     checkpoint = resolve(source, config.revision, config.trust_remote_code)

@@ -17,7 +17,7 @@ from bitfront.scoring import forecast_bytes
 from cost_models import weight_bytes
 from quantization.errors import MeasurementError
 from search.problem import Problem
-from search.refinement import Question, Refinement
+from search.strategies import Question, Setting, Strategy, make_strategy
 from sensitivity import Share
 from store.queries import find_share, key_of, measurements, save_measurement, save_share, update_job
 from store.tables import Candidate, Measurement, SensitivityShare
@@ -28,6 +28,8 @@ SLOPES_WEIGHT = 4  # of a measurement with slopes, in measurements
 SLOPES = "slopes"
 
 Choice = NDArray[np.intp]
+Answer = tuple[float, NDArray[np.float64] | None]
+"""Nats per token, and slopes where they were asked for."""
 
 
 def refine(run: Run, problem: Problem, starts: dict[int, list[Choice]]) -> list[Candidate]:
@@ -43,9 +45,10 @@ def refine(run: Run, problem: Problem, starts: dict[int, list[Choice]]) -> list[
     if not wanted.measurements or not starts:
         return []
     limits = {budget - plan.other_bytes: maps for budget, maps in starts.items()}
-    search = Refinement(
+    setting = Setting(
         problem, weight_bytes.RESOURCE, limits, len(text.ids), plan.config.seed, plan.other_limits
     )
+    search = make_strategy(wanted.strategy, setting, run.store.url, f"job {run.job.id}")
     end = time.monotonic() + 60 * wanted.minutes if wanted.minutes else np.inf
     asked = open_ = 0
     failure: MeasurementError | None = None
@@ -81,7 +84,7 @@ def refine(run: Run, problem: Problem, starts: dict[int, list[Choice]]) -> list[
 
 
 def _conclude(
-    run: Run, search: Refinement, starts: dict[int, list[Choice]], asked: int
+    run: Run, search: Strategy, starts: dict[int, list[Choice]], asked: int
 ) -> list[Candidate]:
     plan, found, budgets = run.plan, [], []
     for budget, maps in starts.items():
@@ -116,36 +119,43 @@ def _task(run: Run, question: Question) -> Task:
     plan = run.plan
     names = tuple(scheme.name for scheme in plan.schemes(question.choice))
     arguments = {"schemes": names, "ids": plan.texts["search"].ids[question.chunk]}
+    if not question.slopes:
+        return Task("measure", arguments, label=question)
     share = Share((0, len(plan.choices)), (0, 1))
     memory = forecast_bytes(plan, "fisher", share)  # the same passes
     return Task("slopes", arguments, label=question, memory_bytes=memory)
 
 
-def _known(run: Run, question: Question) -> tuple[float, NDArray[np.float64]] | None:
+def _known(run: Run, question: Question) -> Answer | None:
     measured, slopes = _keys(run, question)
-    row, loss = find_share(run.store, slopes), measurements(run.store, [measured]).get(measured)
-    if row is None or loss is None:
+    loss = measurements(run.store, [measured]).get(measured)
+    row = find_share(run.store, slopes) if question.slopes else None
+    if loss is None or (question.slopes and row is None):
         return None
-    return loss.kl_sum / loss.tokens, np.array(row.sums, dtype=np.float64) / loss.tokens
+    found = np.array(row.sums, dtype=np.float64) / loss.tokens if row else None
+    return loss.kl_sum / loss.tokens, found
 
 
-def _save(run: Run, question: Question, found: Any) -> tuple[float, NDArray[np.float64]]:
+def _save(run: Run, question: Question, value: Any) -> Answer:
+    """Keep what a worker measured: a `Measurement` of evaluation, or `LocalSlopes` with one."""
     measured, slopes = _keys(run, question)
-    plan, loss = run.plan, found.loss
+    plan, loss = run.plan, value.loss if question.slopes else value
     chunk = plan.texts["search"].hashes[question.chunk]
     map_hash = plan.map_hash(question.choice)
     row = Measurement(
         key=measured, map_hash=map_hash, chunk_hash=chunk, **vars(run.quality), **vars(loss)
     )
     save_measurement(run.store, row)
-    sums = [[None if np.isnan(x) else float(x) for x in line] for line in found.sums]
+    if not question.slopes:
+        return loss.kl_sum / loss.tokens, None
+    sums = [[None if np.isnan(x) else float(x) for x in line] for line in value.sums]
     share = SensitivityShare(
         key=slopes, estimator=SLOPES, sums=sums, tokens=[float(loss.tokens)] * len(sums),
         provenance={"map_hash": map_hash, "chunk_hash": chunk, **vars(run.quality)},
         experts={}, maps=[], seconds=loss.seconds,
     )  # fmt: skip
     save_share(run.store, share)
-    return loss.kl_sum / loss.tokens, found.sums / loss.tokens
+    return loss.kl_sum / loss.tokens, value.sums / loss.tokens
 
 
 def starts_of(

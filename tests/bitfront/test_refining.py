@@ -10,6 +10,7 @@ from bitfront.progress import Silent
 from bitfront.refining import SLOPES
 from bitfront.run import Run
 from quantization.errors import BankError, MeasurementError
+from search.errors import SearchError
 from store.database import Store
 from store.queries import candidates_of, find_job
 from store.tables import SensitivityShare
@@ -117,3 +118,26 @@ def test_a_job_without_refinement_keeps_its_key(tiny_folders):
     assert plain == none != some
     with pytest.raises(ConfigError, match="refinement.measurements"):
         small_config(folder, **{"refinement.measurements": -1})
+
+
+@pytest.mark.parametrize("strategy", ["evolve", "optuna:NSGAIISampler"])
+def test_other_strategies_drive_the_same_workers(tiny_folders, tmp_path, strategy):
+    """Without slopes; Optuna's study lies in the job's own database."""
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    more = {**REFINED, "refinement.strategy": strategy, "budgets": [4.0]}
+    plan = make_plan(small_config(tiny_folders("llama"), **more))
+    job = run_search(plan, store, CountingPool, Silent())
+    facts = find_job(store, job).facts["refinement"]
+    assert facts["measurements"] == 60
+    assert any(entry["steps"] for entry in facts["budgets"])
+    assert slopes_in(store) == 0
+    if strategy.startswith("optuna"):
+        import optuna
+
+        study = optuna.load_study(study_name=f"job {job}", storage=store.url)
+        assert len(study.trials) >= 10
+
+
+def test_an_unknown_strategy_is_refused_before_anything_runs(tiny_folders):
+    with pytest.raises(SearchError, match="no strategy 'genetic'"):
+        make_plan(small_config(tiny_folders("llama"), **{"refinement.strategy": "genetic"}))

@@ -8,10 +8,9 @@ confidence is dropped, one that is better takes over, and either way the differe
 table. Where nothing better is found the comparison is widened to more chunks, so that small
 differences are told from noise. Slopes of all maps serve all budgets, discounted by their distance.
 
-An ask/tell object: arrays in, arrays out. With one question at a time it is deterministic.
+With one question at a time it is deterministic.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +18,8 @@ import numpy as np
 from search.errors import SearchError
 from search.exact import solve
 from search.posterior import Difference, Posterior, Slopes
-from search.problem import Choice, Floats, Limits, Problem
+from search.problem import Choice, Floats, Problem
+from search.strategies.base import Question, Record, Setting, Strategy, compared
 
 WIDTH = 4  # chunks of a comparison, at first
 TRUST = 12  # changes of a candidate, at first
@@ -33,34 +33,20 @@ WAITING = 0.002  # what a budget's turn gains by every question that others get
 CHANGES = "changes"
 
 
-@dataclass(frozen=True)
-class Question:
-    """A map to be measured on a chunk, with its slopes.
-
-    Args:
-        choice: the map (U).
-        chunk: the chunk's number.
-    """
-
-    choice: Choice
-    chunk: int
-
-
 @dataclass
-class _Record:
-    """What is known of a map: losses and slopes by chunk."""
+class _Sloped(Record):
+    """A map with the sums of its slopes and of their squares over chunks."""
 
-    choice: Choice
-    losses: dict[int, float] = field(default_factory=dict)
-    asked: set[int] = field(default_factory=set)
     slopes: Floats | None = None
     squares: Floats | None = None
 
     @property
     def loss(self) -> float:
+        """Mean over all chunks that it was measured on."""
         return float(np.mean(list(self.losses.values())))
 
     def add(self, chunk: int, loss: float, slopes: Floats) -> None:
+        """One more chunk."""
         self.losses[chunk] = loss
         self.slopes = slopes + (0.0 if self.slopes is None else self.slopes)
         self.squares = slopes**2 + (0.0 if self.squares is None else self.squares)
@@ -84,42 +70,27 @@ class _Descent:
     done: bool = False
 
 
-class Refinement:
-    """Descends at several budgets of one resource.
+class Refinement(Strategy):
+    """Descends at several budgets at once."""
 
-    Args:
-        problem: its loss table is the estimator's, raw or in nats: only its proportions count.
-        resource: that the budgets are of.
-        starts: for each budget, maps within it; the first is the incumbent, the others challenge it.
-        chunks: how many chunks of text there are.
-        seed: of the order of chunks and of the draws.
-        others: limits on other resources, the same for all budgets.
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        resource: str,
-        starts: Mapping[int, Sequence[Choice]],
-        chunks: int,
-        seed: int = 0,
-        others: Limits | None = None,
-    ) -> None:
-        self._problem, self._resource, self._chunks = problem, resource, chunks
-        self._others = dict(others or {})
-        self._generator = np.random.default_rng(seed)
+    def __init__(self, setting: Setting) -> None:
+        problem = setting.problem
+        self._setting, self._problem = setting, problem
+        self._generator = np.random.default_rng(setting.seed)
         self._rows = np.arange(len(problem.loss))
-        self._records: dict[bytes, _Record] = {}
+        self._prior = np.where(problem.offered, problem.loss, 0.0).clip(min=0)
+        self._records: dict[bytes, _Sloped] = {}
         self._differences: list[tuple[Difference, float]] = []
         self._descents = []
-        self.log: list[dict[str, float]] = []
-        for limit, maps in starts.items():
+        self.log = []
+        for limit, maps in setting.starts.items():
             first, *queue = [self._record(choice) for choice in maps]
-            order = self._generator.permutation(chunks).tolist()
-            self._descents.append(_Descent(limit, order, first, queue, width=min(WIDTH, chunks)))
+            order = self._generator.permutation(setting.chunks).tolist()
+            width = min(WIDTH, setting.chunks)
+            self._descents.append(_Descent(limit, order, first, queue, width=width))
 
     def ask(self) -> Question | None:
-        """What to measure next; None while answers are awaited, or when all budgets are done."""
+        """See `Strategy.ask`: the budget that promises most, and has waited."""
         order = sorted(self._descents, key=lambda d: -d.merit)
         for descent in order:
             found = None if descent.done else self._wanted(descent)
@@ -129,9 +100,10 @@ class Refinement:
                 return found
         return None
 
-    def tell(self, question: Question, loss: float, slopes: Floats) -> None:
-        """The answer: nats per token, and slopes (U x S, nats per token; NaN isn't offered)."""
-        record = self._records[question.choice.astype(np.intp).tobytes()]
+    def tell(self, question: Question, loss: float, slopes: Floats | None = None) -> None:
+        """See `Strategy.tell`; it wants slopes."""
+        record = self._records[self._record(question.choice)]
+        assert slopes is not None
         record.add(question.chunk, loss, np.nan_to_num(slopes))
         for descent in self._descents:
             if descent.candidate is not None:
@@ -142,36 +114,24 @@ class Refinement:
         [descent] = [d for d in self._descents if d.limit == limit]
         return self._records[descent.incumbent].choice
 
-    def measured(self, limit: int) -> dict[int, float]:
-        """The incumbent's loss by chunk."""
-        [descent] = [d for d in self._descents if d.limit == limit]
-        return dict(self._records[descent.incumbent].losses)
-
     def _record(self, choice: Choice) -> bytes:
         choice = choice.astype(np.intp)
         key = choice.tobytes()
-        self._records.setdefault(key, _Record(choice))
+        self._records.setdefault(key, _Sloped(choice))
         return key
 
     def _wanted(self, descent: _Descent) -> Question | None:
         chunks = descent.order[: descent.width]
         incumbent = self._records[descent.incumbent]
-        if question := self._missing(incumbent, chunks):
+        if question := incumbent.missing(chunks, slopes=True):
             return question
         if descent.candidate is None:
-            if any(chunk not in incumbent.losses for chunk in chunks):
+            if not incumbent.knows(chunks):
                 return None  # awaited
             self._challenge(descent)
         if descent.candidate is None:
             return None
-        return self._missing(self._records[descent.candidate], chunks)
-
-    def _missing(self, record: _Record, chunks: Sequence[int]) -> Question | None:
-        for chunk in chunks:
-            if chunk not in record.asked:
-                record.asked.add(chunk)
-                return Question(record.choice, chunk)
-        return None
+        return self._records[descent.candidate].missing(chunks, slopes=True)
 
     def _challenge(self, descent: _Descent) -> None:
         """Find a candidate for a measured incumbent, widening where there is none."""
@@ -207,7 +167,11 @@ class Refinement:
             table - table[self._rows, at][:, None],
             {**problem.costs, CHANGES: changes}, problem.offered, problem.few, problem.names,
         )  # fmt: skip
-        limits = {**self._others, self._resource: descent.limit, CHANGES: int(descent.trust)}
+        limits = {
+            **self._setting.others,
+            self._setting.resource: descent.limit,
+            CHANGES: int(descent.trust),
+        }
         try:
             return solve(local, limits, GAP, SECONDS).choice.astype(np.intp)
         except SearchError:
@@ -216,10 +180,9 @@ class Refinement:
     def posterior(self, key: bytes) -> Posterior:
         """Of the table around a measured map."""
         record = self._records[key]
-        prior = np.where(self._problem.offered, self._problem.loss, 0.0).clip(min=0)
         loss = record.loss
-        total = float(prior[self._rows, record.choice].sum())
-        prior = prior * (loss / max(total, 1e-300))
+        total = float(self._prior[self._rows, record.choice].sum())
+        prior = self._prior * (loss / max(total, 1e-300))
         posterior = Posterior(prior, record.choice, loss, self._noise())
         for other in self._records.values():
             if other.slopes is not None:
@@ -238,16 +201,15 @@ class Refinement:
     def _noise(self) -> float:
         """Variance of slopes between chunks, of their squared curvature term: pooled over maps."""
         spread = curvature = 0.0
-        prior = np.where(self._problem.offered, self._problem.loss, 0.0).clip(min=0)
         for record in self._records.values():
             count = len(record.losses)
             if count < 2 or record.slopes is None or record.squares is None:
                 continue
-            own = prior[self._rows, record.choice]
+            own = self._prior[self._rows, record.choice]
             scale = record.loss / max(float(own.sum()), 1e-300)
             mean = record.slopes / count
             spread += float((record.squares - count * mean**2).sum())
-            curvature += (count - 1) * float((((prior + own[:, None]) * scale) ** 2).sum())
+            curvature += (count - 1) * float((((self._prior + own[:, None]) * scale) ** 2).sum())
         return spread / curvature if curvature else 1.0
 
     def _judge(self, descent: _Descent) -> None:
@@ -275,11 +237,8 @@ class Refinement:
             return
         difference = Difference(incumbent.choice, challenger.choice, mean, error**2)
         self._differences.append((difference, incumbent.loss))
-        self.log.append(
-            {"limit": descent.limit, "difference": mean, "error": error, "chunks": count,
-             "loss": incumbent.loss, "better": float(better),
-             "changes": float((incumbent.choice != challenger.choice).sum())}
-        )  # fmt: skip
+        entry = compared(descent.limit, incumbent, challenger, chunks, better=better)
+        self.log.append({**entry, "error": error})
         gain = max(0.0, -mean) / max(incumbent.loss, 1e-12) if better else 0.0
         descent.merit = 0.5 * descent.merit + 0.5 * gain
         if better:
@@ -295,7 +254,7 @@ class Refinement:
         descent.failures += 1
         if not (widen or descent.failures >= PATIENCE):
             return
-        if descent.width == self._chunks and widen:
+        if descent.width == self._setting.chunks and widen:
             descent.done = True
-        descent.width = min(2 * descent.width, self._chunks)
+        descent.width = min(2 * descent.width, self._setting.chunks)
         descent.failures = 0

@@ -1,12 +1,13 @@
-"""Refinement on a model small enough to know: errors that meet, text that is noisy, a loss that saturates."""
+"""Strategies on a model small enough to know: errors that meet, text that is noisy, a loss that saturates."""
 
 import numpy as np
 import pytest
 
+from search.errors import SearchError
 from search.exact import sweep
 from search.posterior import Difference, Posterior, Slopes
 from search.problem import Problem
-from search.refinement import Refinement
+from search.strategies import Setting, make_strategy
 
 UNITS, SCHEMES, WIDTH, CHUNKS = 24, 4, 12, 8
 BITS = np.array([2, 3, 4, 6])
@@ -37,11 +38,12 @@ class Model:
         gradient = jacobian.T @ jacobian @ own.sum(0) / np.exp(self.loss(choice, jacobian))
         return (self.errors - own[:, None]) @ gradient
 
-    def refine(self, questions, seed=0):
+    def refine(self, questions, seed=0, strategy="refine"):
         starts = dict(zip(self.budgets, sweep(self.problem, "bits", self.budgets), strict=True))
-        refinement = Refinement(
+        setting = Setting(
             self.problem, "bits", {b: [s.choice] for b, s in starts.items()}, CHUNKS, seed
         )
+        refinement = make_strategy(strategy, setting)
         for _ in range(questions):
             question = refinement.ask()
             if question is None:
@@ -149,3 +151,52 @@ def test_slopes_of_a_quadratic_loss_without_noise_are_learned():
         return np.abs(found).mean()
 
     assert errors(after) < 0.7 * errors(before)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "least"),
+    [("evolve", 0.2), ("optuna:NSGAIISampler", 0.02), ("optuna:TPESampler", 0.02)],
+)
+def test_other_strategies_improve_on_their_start_within_the_budget(strategy, least):
+    """None of them needs slopes; samplers need many more maps than a hundred to do more."""
+    model = Model(2)
+    strategy, starts = model.refine(400, strategy=strategy)
+    assert strategy.log
+    for budget in model.budgets:
+        best = strategy.best(budget)
+        assert model.problem.breaks(best, {"bits": budget}) is None
+        losses = [[model.loss(m, j) for j in model.maps] for m in (starts[budget], best)]
+        assert 1 - np.mean(losses[1]) / np.mean(losses[0]) > least
+
+
+def test_an_optuna_study_lasts_and_starts_with_the_solvers_front(tmp_path):
+    """In a database, beside our own tables' versions; a second run goes on with its trials."""
+    import optuna
+
+    model = Model(0)
+    url = f"sqlite:///{tmp_path}/study.sqlite"
+    starts = {b: [s.choice] for b, s in zip(
+        model.budgets, sweep(model.problem, "bits", model.budgets), strict=True)}  # fmt: skip
+    setting = Setting(model.problem, "bits", starts, CHUNKS)
+    counts = []
+    for _ in range(2):
+        strategy = make_strategy("optuna:NSGAIISampler", setting, url, "study")
+        for _ in range(24):
+            question = strategy.ask()
+            assert not question.slopes
+            strategy.tell(question, model.loss(question.choice, model.maps[question.chunk]))
+        study = optuna.load_study(study_name="study", storage=url)
+        done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+        counts.append(len(done))
+        costs = [model.problem.total_cost(starts[b][0], "bits") for b in model.budgets]
+        assert [t.values[1] for t in done[:2]] == costs
+        assert all(t.constraints for t in done)
+    assert counts[1] > counts[0] >= 5
+
+
+@pytest.mark.parametrize("name", ["absent", "optuna:AbsentSampler", "optuna:optuna.samplers:Study"])
+def test_unknown_strategies_are_named(name):
+    model = Model(0)
+    setting = Setting(model.problem, "bits", {b: [np.zeros(UNITS, int)] for b in model.budgets}, 2)
+    with pytest.raises(SearchError, match="no (strategy|sampler) '"):
+        make_strategy(name, setting)

@@ -1,0 +1,45 @@
+"""Strategies by name; a new one is a file and a line here."""
+
+from search.errors import SearchError
+from search.strategies.base import Question, Setting, Strategy
+from search.strategies.evolution import Evolution
+from search.strategies.refinement import Refinement
+
+__all__ = ["STRATEGIES", "Question", "Setting", "Strategy", "check_strategy", "make_strategy"]
+
+STRATEGIES = {"refine": Refinement, "evolve": Evolution}
+OPTUNA = "optuna:"
+
+
+def make_strategy(
+    name: str, setting: Setting, storage: str | None = None, study: str = "bitfront"
+) -> Strategy:
+    """`refine`, `evolve`, or `optuna:SAMPLER`, such as `optuna:NSGAIISampler`.
+
+    Args:
+        name: of the strategy.
+        setting: what it searches.
+        storage: where Optuna keeps its study, an SQLAlchemy URL.
+        study: its name there.
+
+    Raises:
+        SearchError: no such strategy or sampler.
+    """
+    check_strategy(name)
+    if name in STRATEGIES:
+        made: Strategy = STRATEGIES[name](setting)
+        return made
+    from search.strategies.optuna_study import OptunaStudy
+
+    return OptunaStudy(setting, name.removeprefix(OPTUNA), storage, study)
+
+
+def check_strategy(name: str) -> None:
+    """Raise `SearchError` for a strategy or sampler that isn't there."""
+    if name.startswith(OPTUNA):
+        from search.strategies.optuna_study import find_sampler  # slow to import
+
+        find_sampler(name.removeprefix(OPTUNA))
+    elif name not in STRATEGIES:
+        known = ", ".join([*STRATEGIES, f"{OPTUNA}SAMPLER"])
+        raise SearchError(f"no strategy '{name}'; there are {known}, as in {OPTUNA}NSGAIISampler")

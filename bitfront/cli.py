@@ -107,7 +107,7 @@ def search(
         typer.Option(help="Measurements (a map on a chunk) to refine maps with; 0 for none."),
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="How: refine, evolve, or optuna:SAMPLER.")
+        str | None, typer.Option(help="How: refine, evolve, surrogate, or optuna:SAMPLER.")
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Refine for so long at most; 0.5 or more.", min=0.5)

@@ -73,7 +73,7 @@ class RefinementConfig(_Closed):
 
     Args:
         strategy: `refine` (whose measurements have slopes, and take four times as long), `evolve`,
-            or `optuna:SAMPLER`, such as `optuna:NSGAIISampler` or `optuna:module:Class`.
+            `surrogate`, or `optuna:SAMPLER`, such as `optuna:NSGAIISampler` or `optuna:module:Class`.
         measurements: at most so many, a map on a chunk each; 0 for none.
         minutes: and at most so long; what is found then depends on the machine's speed.
     """

@@ -1,20 +1,27 @@
 """Strategies by name; a new one is a file and a line here."""
 
+from collections.abc import Callable
+
 from search.errors import SearchError
 from search.strategies.base import Question, Setting, Strategy
 from search.strategies.evolution import Evolution
 from search.strategies.refinement import Refinement
+from search.strategies.surrogate import Surrogate
 
 __all__ = ["STRATEGIES", "Question", "Setting", "Strategy", "check_strategy", "make_strategy"]
 
-STRATEGIES = {"refine": Refinement, "evolve": Evolution}
+STRATEGIES: dict[str, Callable[[Setting], Strategy]] = {
+    "refine": Refinement,
+    "evolve": Evolution,
+    "surrogate": Surrogate,
+}
 OPTUNA = "optuna:"
 
 
 def make_strategy(
     name: str, setting: Setting, storage: str | None = None, study: str = "bitfront"
 ) -> Strategy:
-    """`refine`, `evolve`, or `optuna:SAMPLER`, such as `optuna:NSGAIISampler`.
+    """`refine`, `evolve`, `surrogate`, or `optuna:SAMPLER`, such as `optuna:NSGAIISampler`.
 
     Args:
         name: of the strategy.
@@ -27,8 +34,7 @@ def make_strategy(
     """
     check_strategy(name)
     if name in STRATEGIES:
-        made: Strategy = STRATEGIES[name](setting)
-        return made
+        return STRATEGIES[name](setting)
     from search.strategies.optuna_study import OptunaStudy
 
     return OptunaStudy(setting, name.removeprefix(OPTUNA), storage, study)

@@ -8,6 +8,7 @@ from search.exact import sweep
 from search.posterior import Difference, Posterior, Slopes
 from search.problem import Problem
 from search.strategies import Setting, make_strategy
+from search.strategies.surrogate import best_of
 
 UNITS, SCHEMES, WIDTH, CHUNKS = 24, 4, 12, 8
 BITS = np.array([2, 3, 4, 6])
@@ -155,7 +156,12 @@ def test_slopes_of_a_quadratic_loss_without_noise_are_learned():
 
 @pytest.mark.parametrize(
     ("strategy", "least"),
-    [("evolve", 0.2), ("optuna:NSGAIISampler", 0.02), ("optuna:TPESampler", 0.02)],
+    [
+        ("evolve", 0.2),
+        ("surrogate", 0.1),
+        ("optuna:NSGAIISampler", 0.02),
+        ("optuna:TPESampler", 0.02),
+    ],
 )
 def test_other_strategies_improve_on_their_start_within_the_budget(strategy, least):
     """None of them needs slopes; samplers need many more maps than a hundred to do more."""
@@ -200,3 +206,14 @@ def test_unknown_strategies_are_named(name):
     setting = Setting(model.problem, "bits", {b: [np.zeros(UNITS, int)] for b in model.budgets}, 2)
     with pytest.raises(SearchError, match="no (strategy|sampler) '"):
         make_strategy(name, setting)
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_the_fittest_are_the_first_fronts(count):
+    """Nobody who is left out dominates anybody who was taken."""
+    points = np.random.default_rng(count).integers(0, 8, (30, 2)).astype(float)
+    taken = best_of(points, count)
+    assert len(set(taken.tolist())) == count
+    for out in set(range(30)) - set(taken.tolist()):
+        dominated = (points[out] <= points[taken]).all(1) & (points[out] < points[taken]).any(1)
+        assert not dominated.any()

@@ -109,7 +109,7 @@ def _program(
         constraints += [(links, -np.inf, 0.0)]
         count = np.concatenate([np.zeros(entries), np.ones(formats)])
         constraints += [(csr_array(count[None, :]), -np.inf, float(problem.few.most - len(used)))]
-    with _quiet():
+    with quiet():
         result = milp(
             np.concatenate([loss / scale, np.zeros(formats)]),
             integrality=np.ones(entries + formats, dtype=np.int64),
@@ -128,7 +128,7 @@ def _program(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep HiGHS's own remarks, which it prints whatever it is told, off standard output."""
     sys.stdout.flush()
     kept = os.dup(1)

@@ -128,7 +128,12 @@ class Surrogate(Strategy):
         fitted = RBFInterpolator(
             features(measured), logs - base(measured), kernel="linear", smoothing=SMOOTHING
         )
-        return lambda choices: base(choices) + fitted(features(choices))
+
+        def predict(choices: Choices) -> Floats:
+            corrected: Floats = base(choices) + fitted(features(choices))
+            return corrected
+
+        return predict
 
     def _costs(self, choices: Choices) -> Floats:
         table = self._setting.problem.costs[self._setting.resource]

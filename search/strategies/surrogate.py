@@ -123,15 +123,15 @@ class Surrogate(Strategy):
 
         def features(choices: Choices) -> Floats:
             # square roots of what a unit loses: maps that differ where it matters are far apart
-            return np.sqrt(self._prior[units, choices])
+            roots: Floats = np.sqrt(self._prior[units, choices])
+            return roots
 
         fitted = RBFInterpolator(
             features(measured), logs - base(measured), kernel="linear", smoothing=SMOOTHING
         )
 
         def predict(choices: Choices) -> Floats:
-            corrected: Floats = base(choices) + fitted(features(choices))
-            return corrected
+            return np.asarray(base(choices) + fitted(features(choices)), dtype=np.float64)
 
         return predict
 

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SEARCH = ["--menu", "int2-g32,int4-g32,int8-g32", "--dtype", "float32", "--address", "none"]
+SEARCH = [
+    "--menu",
+    "int2-g32,int4-g32,int8-g32",
+    "--dtype",
+    "float32",
+    "--address",
+    "none",
+    "--refine",
+    "12",
+]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from workers.pool import InProcessPool, Outcome
 SMALL = {"texts.calibration.chunks": 2, "texts.search.chunks": 2, "texts.heldout.chunks": 4,
          "texts.calibration.length": 32, "texts.search.length": 32, "texts.heldout.length": 32,
          "menu": "int2-g32,int4-g32,int8-g32", "dtype": "float32",
-         "estimators": ["fisher", "output-error"]}  # fmt: skip
+         "estimators": ["fisher", "output-error"], "refinement.measurements": 0}  # fmt: skip
 
 
 def small_config(folder, **more) -> JobConfig:
@@ -244,7 +244,8 @@ def test_a_killed_driver_goes_on_from_where_it_was(tiny_folders, tmp_path):
     url = f"sqlite:///{tmp_path}/s.sqlite"
     file = tmp_path / "job.yaml"
     file.write_text(
-        "menu: int2-g32,int3-g32,int4-g32,int6-g32,int8-g32\ndtype: float32\ntexts:\n"
+        "menu: int2-g32,int3-g32,int4-g32,int6-g32,int8-g32\ndtype: float32\n"
+        "refinement: {measurements: 0}\ntexts:\n"
         + "".join(
             f"  {role}: {{source: python-docs, chunks: {n}, length: 64}}\n"
             for role, n in (("calibration", 2), ("search", 12), ("heldout", 12))
@@ -337,7 +338,9 @@ def test_a_transformed_job_is_a_job_of_its_own(done, transform, tmp_path):
 def test_without_a_transform_keys_are_what_they_were(done):
     """The field came later: it must not orphan what stores hold."""
     _, _, plan = done
-    config = plan.config.model_dump(mode="json", exclude={"transform", "imatrix", "bank"})
+    new = dict.fromkeys(("transform", "imatrix", "bank", "refinement"), True)
+    new_in_menu = {"forbidden", "most_formats", "left_alone"}
+    config = plan.config.model_dump(mode="json", exclude={**new, "menu": new_in_menu})
     named = {"model", "revision", "texts", "dtype"}
     old = json.dumps({k: v for k, v in config.items() if k not in named}, separators=(",", ":"))
     texts = [f"{role}:{text.hash}" for role, text in sorted(plan.texts.items())]

@@ -19,3 +19,16 @@ def non_dominated(cost: NDArray[np.generic], loss: Floats) -> Mask:
         better = (cost < cost[i]) | (loss < loss[i])
         keep[i] &= not bool((no_worse & better).any())
     return keep
+
+
+def hypervolume(cost: NDArray[np.generic], loss: Floats, reference: tuple[float, float]) -> float:
+    """The area that a front dominates, up to a reference point (cost, loss); two objectives.
+
+    (Zitzler and Thiele 1998.) Points beyond the reference count nothing.
+    """
+    cost = np.asarray(cost, dtype=np.float64)
+    inside = (cost < reference[0]) & (loss < reference[1])
+    order = np.argsort(cost[inside], kind="stable")
+    widths = np.diff([*cost[inside][order], reference[0]])
+    lowest = np.minimum.accumulate(loss[inside][order])
+    return float(widths @ (reference[1] - lowest)) if len(lowest) else 0.0

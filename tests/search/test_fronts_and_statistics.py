@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import stdtrit
 
 from search.calibration import fit_gain
-from search.front import non_dominated
+from search.front import hypervolume, non_dominated
 from search.statistics import mean_interval, paired_difference, t_975
 
 values = arrays(float, st.integers(1, 12), elements=st.integers(0, 6).map(float))
@@ -64,3 +64,13 @@ def test_the_gain_is_recovered_and_noise_ignored():
     noisy = np.where(raw < 0.005, 0.0009, 1.3 * raw)
     assert fit_gain(raw, noisy, floor=0.001).gain == pytest.approx(1.3)
     assert fit_gain(np.zeros(2), np.zeros(2)).maps == 0
+
+
+@given(st.data())
+def test_the_hypervolume_counts_the_cells_that_a_front_dominates(data):
+    """Whole numbers: unit squares with a point to their lower left."""
+    cost = data.draw(values)
+    loss = data.draw(arrays(float, len(cost), elements=st.integers(0, 6).map(float)))
+    cells = sum(bool(((cost <= x) & (loss <= y)).any()) for x in range(5) for y in range(5))
+    assert hypervolume(cost, loss, (5.0, 5.0)) == cells
+    assert hypervolume(cost[:0], loss[:0], (5.0, 5.0)) == 0

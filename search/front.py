@@ -26,9 +26,9 @@ def hypervolume(cost: NDArray[np.generic], loss: Floats, reference: tuple[float,
 
     (Zitzler and Thiele 1998.) Points beyond the reference count nothing.
     """
-    cost = np.asarray(cost, dtype=np.float64)
-    inside = (cost < reference[0]) & (loss < reference[1])
-    order = np.argsort(cost[inside], kind="stable")
-    widths = np.diff([*cost[inside][order], reference[0]])
+    costs: Floats = np.asarray(cost, dtype=np.float64)
+    inside = (costs < reference[0]) & (loss < reference[1])
+    order = np.argsort(costs[inside], kind="stable")
+    widths = np.diff([*costs[inside][order], reference[0]])
     lowest = np.minimum.accumulate(loss[inside][order])
     return float(widths @ (reference[1] - lowest)) if len(lowest) else 0.0

@@ -28,7 +28,7 @@ CONFIDENCE = 1.0, 2.0  # standard errors to drop a candidate, and to accept one 
 ACCEPT_AFTER = 4  # chunks
 PATIENCE = 3  # failures until a comparison is widened
 ROUGH = 0.02  # standard deviation of differences, of the loss, until there are three chunks
-TRIES, GAP, SECONDS = 6, 1e-3, 5.0
+TRIES, GAP, SECONDS = 12, 1e-3, 5.0
 WAITING = 0.002  # what a budget's turn gains by every question that others get
 CHANGES = "changes"
 

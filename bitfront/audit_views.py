@@ -8,6 +8,8 @@ from typing import Any
 import plotly.graph_objects as go
 from rich.table import Table
 
+from bitfront.config import UNPROVEN
+
 KEYS = ("name", "spearman", "kendall", "spearman_equal_bits", "seconds")
 """Of each estimator in the pinned document."""
 
@@ -67,17 +69,40 @@ def audit_table(job_id: int, audit: dict[str, Any]) -> Table:
 def audit_remarks(audit: dict[str, Any]) -> list[str]:
     """What else one should know."""
     null, default = audit["null_arms"], audit["default"]
+    judged = {entry["name"] for entry in audit["estimators"]}
+    becomes = (
+        "is the default of searches of this model from now on"
+        if judged.issuperset(UNPROVEN)
+        else f"is the best of these; without {' and '.join(UNPROVEN)} beside it no default"
+    )
     null_arms = (
-        f"* {default} is the default of searches of this model from now on. Its table with units "
+        f"* {default} {becomes}. Its table with units "
         f"shuffled ranks with {_number(null['shuffled'])}, with their order turned round with "
         f"{_number(null['inverse'])}, one that knows sizes and bits alone with "
-        f"{_number(null['bits alone'])}."
+        f"{_number(null['bits alone'])}, the weights' squared error with "
+        f"{_number(null.get('weight error alone'))}."
     )
+    own = next(e for e in audit["estimators"] if e["name"] == default)
+    merit = own["spearman_equal_bits"] if audit_has_equal(audit) else own["spearman"]
+    beaten = [
+        arm
+        for arm, value in null.items()
+        if value is not None
+        and merit is not None
+        and value >= merit
+        and not (arm == "weight error alone" and default == "weight-error")
+    ]
+    warning = f"That is no better than a null arm ({', '.join(beaten)}): on these maps nothing was learned."
     floor = (
         f"Flips that measure below twice the arithmetic's noise ({audit['noise_floor']:.2g} nats) "
         "are left out."
     )
-    lines = [null_arms, *([floor] if audit["noise_floor"] else []), *audit["unable"].values()]
+    lines = [
+        null_arms,
+        *([warning] if beaten else []),
+        *([floor] if audit["noise_floor"] else []),
+        *audit["unable"].values(),
+    ]
     residuals = next(e for e in audit["estimators"] if e["name"] == default)["residual_by_bits"]
     if residuals:
         lines.append(
@@ -102,12 +127,17 @@ def audit_remarks(audit: dict[str, Any]) -> list[str]:
     return lines
 
 
+def audit_has_equal(audit: dict[str, Any]) -> bool:
+    """Whether maps of equal size were measured."""
+    return any(group.startswith("equal") for group in audit["measured"]["group"])
+
+
 def calibration_figure(audit: dict[str, Any], ink: str, accents: list[str]) -> go.Figure:
     """Predicted (in nats, after the gain) against measured KL of all maps, default first."""
     figure = go.Figure()
     measured = audit["measured"]
-    top = max(measured["kl"])
-    low = min(kl for kl in measured["kl"] if kl > 0)
+    top = max(measured["kl"], default=1.0)
+    low = min((kl for kl in measured["kl"] if kl > 0), default=top)
     for index, entry in enumerate(ranked(audit)):
         gain = entry["calibration"]["gain"] or 1.0
         pairs = [

@@ -26,8 +26,9 @@ from bitfront.pipeline import (
 from bitfront.plan import Plan
 from bitfront.progress import Progress
 from bitfront.run import Run
-from bitfront.scoring import ESTIMATE_WEIGHT, Scores, score
+from bitfront.scoring import ESTIMATE_WEIGHT, Scores, forecast_bytes, score
 from cost_models import weight_bytes
+from evaluation.arithmetic import memory_bytes
 from quantization.errors import MeasurementError
 from quantization.precision_map import map_hash
 from search.audit import EQUAL, EQUAL_NEAR, FLIPS, MIXED, Maps, Verdict, judge, null_arms, totals
@@ -46,6 +47,7 @@ REFERENCE = "reference"
 RANGE = (0.15, 0.6)  # of the way from the smallest to the largest uniform map
 NEAR = 10  # a tenth as many exchanges as units
 FEW_TOKENS = 64
+WEIGHT_ERROR = "weight-error"  # a null arm, always judged along: it knows nothing of the loss
 
 Choice = NDArray[np.intp]
 
@@ -86,7 +88,8 @@ def run_audit(
     job = open_planned(plan, store)
     # those of an earlier audit cost nothing, and the best should be the best of all
     known = [e["name"] for e in job.facts.get("audit", {}).get("estimators", ())]
-    names = tuple(dict.fromkeys([*(options.estimators or ESTIMATORS), *known]))
+    asked = options.estimators or ESTIMATORS
+    names = tuple(dict.fromkeys([*asked, *known, WEIGHT_ERROR]))
     problem = plan.problem(np.zeros(plan.bytes_table.shape))
     drawn = _draw(plan, problem, options)
     with open_pool(spec_of(plan, cache)) as pool:
@@ -115,6 +118,13 @@ def _scores(run: Run, names: Sequence[str]) -> tuple[dict[str, Scores], dict[str
     """
     scores, unable = {}, {}
     for name in names:
+        needed, there = _most_bytes(run.plan, name), memory_bytes()
+        if needed > there:
+            unable[name] = (
+                f"{name} would need {needed / 1e9:.1f} GB for a task, and there are "
+                f"{there / 1e9:.1f} GB; it was left out"
+            )
+            continue
         try:
             scores[name] = score(run, name)
         except MeasurementError as error:
@@ -122,6 +132,13 @@ def _scores(run: Run, names: Sequence[str]) -> tuple[dict[str, Scores], dict[str
     if not scores:
         raise MeasurementError("; ".join(unable.values()))
     return scores, unable
+
+
+def _most_bytes(plan: Plan, estimator: str) -> int:
+    """The forecast of an estimator's largest task."""
+    text = plan.texts["calibration"]
+    shares = ESTIMATORS[estimator].shares(len(plan.layout.units), len(text.ids))
+    return max(forecast_bytes(plan, estimator, share) for share in shares)
 
 
 Drawn = tuple[str, Choice, Candidate]
@@ -224,6 +241,9 @@ def _measured(run: Run, drawn: Sequence[Drawn]) -> Maps:
     candidates = [candidate for _, _, candidate in drawn]
     found = losses(run.store, run.quality, candidates, run.plan.texts["search"].hashes)
     kept = [(g, choice, found[c.map_hash].kl.mean) for g, choice, c in drawn if c.map_hash in found]
+    if not any(group != FLIPS for group, _, _ in kept):
+        reasons = sorted({c.failure for c in candidates if c.failure})
+        raise MeasurementError(f"no random map could be measured: {'; '.join(reasons)}")
     groups, choices, kl = zip(*kept, strict=True)
     bits = [
         run.plan.average_bits(choice) if group != FLIPS else np.nan
@@ -302,7 +322,12 @@ def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem)
              **_plain(verdict)}
             for name, verdict in verdicts.items()
         ],
-        "null_arms": null_arms(tables[default], maps, offered, _by_bits_alone(run.plan)),
+        "null_arms": {
+            **null_arms(tables[default], maps, offered, _by_bits_alone(run.plan)),
+            "weight error alone": _plain(verdicts[WEIGHT_ERROR])["spearman_equal_bits"]
+            if WEIGHT_ERROR in verdicts
+            else None,
+        },
         "noise_floor": floor,
         "text": run.plan.texts["search"].source,
         "tokens": int(run.plan.texts["search"].ids.size),

@@ -12,6 +12,8 @@ from quantization.errors import BitfrontError
 from quantization.registry import Registry
 
 DEMO = "demo"
+UNPROVEN = ("fisher", "fisher-quantized")
+"""What scores where no audit of the model has been: see benchmarks/results."""
 
 
 class ConfigError(BitfrontError):

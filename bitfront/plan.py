@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitfront import rules
-from bitfront.config import DEMO, ConfigError, JobConfig
+from bitfront.config import DEMO, UNPROVEN, ConfigError, JobConfig
 from bitfront.demo import NAME, demo_model
 from cost_models import weight_bytes
 from evaluation.arithmetic import DTYPES, choose_dtype, memory_bytes
@@ -38,8 +38,6 @@ from store.tables import Job, Model
 
 AUTO = "auto"
 """In the place of an estimator: the best of the model's audit."""
-UNPROVEN = ("fisher", "fisher-quantized")
-"""What scores where no audit of the model has been: see benchmarks/results."""
 MEMORY_SHARE = 0.5
 PACKED = ", packed"
 
@@ -226,6 +224,9 @@ def settled(plan: Plan, store: Store) -> Plan:
         return plan
     names = [scheme.name for scheme in plan.menu]
     known = audited_job(store, plan.checkpoint.weights_hash, plan.quantizer, names)
+    if known:  # the best of a few that left out the usual ones is no default
+        judged = {entry["name"] for entry in known.facts["audit"]["estimators"]}
+        known = known if judged.issuperset(UNPROVEN) else None
     found: tuple[str, ...] = UNPROVEN
     why = "this model was never audited with this menu; `bitfront audit` finds its best"
     if known:

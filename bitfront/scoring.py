@@ -70,9 +70,15 @@ def score(run: Run, estimator: str) -> Scores:
     bad = ~np.isfinite(table) & plan.offered
     if bad.any():
         unit = plan.layout.units[int(np.argwhere(bad)[0][0])].name
+        outside = all(plan.layout.units[int(u)].layer is None for u, _ in np.argwhere(bad))
+        way_out = (
+            "it may know nothing of embedding and head, which this menu opens: pin them"
+            if outside
+            else "try --dtype float32"
+        )
         raise MeasurementError(
             f"the estimator {estimator} has no finite score for {unit} (and {int(bad.sum()) - 1} "
-            "other entries); try --dtype float32, or leave it out of the job's estimators"
+            f"other entries); {way_out}, or leave it out of the job's estimators"
         )
     experts = {unit: own.tokens.tolist() for unit, own in whole.experts.items()}
     return Scores(table, experts, sum(found[share].seconds for share in shares))

@@ -94,6 +94,9 @@ class Head:
     def _linear_scale(self) -> float | None:
         """The factor s if logits = s W h, None if the head is not linear (or has a bias)."""
         self.scale = None
+        # beside large probes a bias looks like rounding, so it isn't left to the trial
+        if getattr(self._model.get_output_embeddings(), "bias", None) is not None:
+            return None
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(8, self.weight.shape[1], generator=generator) * PROBE_SCALE
         probe = probe.to(self.weight)

@@ -2,7 +2,8 @@
 
 What an estimator sees of a scheme is the error of the quantizer that ships: the difference
 between the bank's tensors and the reference. Sums are additive over chunks and independent between
-units, so that tasks over ranges of both can run on any worker and be merged.
+units, so that tasks over ranges of both can run on any worker and be merged. (Estimators that draw
+maps draw them for each share of their own, so there the cut is part of the result.)
 """
 
 from abc import ABC, abstractmethod

@@ -3,8 +3,9 @@
     log KL_n = a + b log sum_u e^(theta_u) score(u, map_n(u))
 
 Single changes, however exactly they are measured, don't say how changes add up; whole maps do, and
-each of them tells something of all units at once. Random ones near every size of the menu are
-measured, each on one chunk, and one factor a unit is fitted to them, drawn towards 1 (`corrected`).
+each of them tells something of all units at once. Random ones of the menu's lower half of sizes,
+where losses don't add up, are measured, each on one chunk, and one factor a unit is fitted to them,
+drawn towards 1 (`corrected`).
 What additive scores miss at low bits (saturation, company) goes into the factors.
 """
 

@@ -17,7 +17,7 @@ class MixLLM(WeightGradient):
     """The blocked empirical Fisher with its first-order term."""
 
     name = "mixllm"
-    unit = "nats per sample, empirical, output channels apart"
+    unit = "nats per chunk, over its tokens"
     probe: Probe = staticmethod(text_labels)
 
     def contract(self, errors_SRC: Tensor, gradients_PRC: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 model and takes all units, in a random order, to their largest scheme, then all to the next one, and
 so on: a step to 3 bits is taken with half of the others at 3 bits already and half still at 4, which
 is the company that it has in a map. Marginal contributions add up to the loss of the whole exactly,
-so the scores of each uniform map are its own loss. Embedding and head don't walk.
+so where all units have the same schemes the scores of a uniform map are its own loss. Embedding and head don't walk.
 """
 
 from collections.abc import Sequence

@@ -9,9 +9,10 @@ import pytest
 
 from bitfront.audit_views import audit_json, audit_remarks, audit_table
 from bitfront.auditing import AuditOptions, run_audit
+from bitfront.config import UNPROVEN
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import UNPROVEN, make_plan, settled
+from bitfront.plan import make_plan, settled
 from bitfront.progress import Silent
 from bitfront.report import write_report
 from sensitivity import ESTIMATORS

@@ -156,3 +156,27 @@ def test_a_fixed_reference_is_exact_for_small_and_huge_differences(make_bank, si
     exact = [(h.double() @ head.weight.double().T).log_softmax(-1) for h in (p, q)]
     kl = (exact[0].exp() * (exact[0] - exact[1])).sum().item()
     assert FixedReference(head, p).kl_sum(q) == pytest.approx(kl, rel=2e-3)
+
+
+def test_a_head_with_a_bias_is_not_taken_for_linear():
+    """At large probes a bias is small, so a wide head with one must be told by its parameter."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    torch.manual_seed(0)
+    config = PhiConfig(
+        hidden_size=1024, vocab_size=300, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    model = PhiForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    head = Head(model)
+    assert head.scale is None
+    ids = torch.randint(0, 300, (1, 12))
+    with torch.no_grad():
+        states = model.base_model(input_ids=ids).last_hidden_state[0]
+        logits = model(input_ids=ids).logits[0]
+    found = divergence(head, states[:-1], 1.1 * states[:-1], ids[0, 1:])
+    q = (logits + 0.1 * (logits - model.lm_head.bias.detach()))[:-1].log_softmax(-1)
+    p = logits[:-1].log_softmax(-1)
+    assert found.kl_sum == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-3)
+    assert found.nll_sum == pytest.approx(-float(q.gather(-1, ids[0, 1:, None]).sum()), rel=1e-4)

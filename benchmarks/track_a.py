@@ -11,7 +11,11 @@ import argparse
 import json
 import os
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,9 +24,11 @@ from bitfront.config import load_config
 from bitfront.pipeline import spec_of
 from bitfront.plan import Plan, make_plan
 from cost_models import weight_bytes
+from quantization.errors import TextError
 from search.controls import uniform
 from search.exact import sweep
-from search.strategies import Setting, make_strategy
+from search.strategies import Question, Setting
+from search.strategies.refinement import Refinement
 from sensitivity import ESTIMATORS, merge
 from workers.session import Session
 
@@ -30,8 +36,9 @@ STARTED = psutil.Process().create_time()  # imports are part of the time
 MENU = "int2-g64,int3-g64,int4-g64,int6-g64,int8-g64"
 ESTIMATOR = "fisher-quantized"
 BITS = (3.25, 3.5, 3.75, 4.25, 4.75, 5.25)
-ESTIMATING = 0.08  # of the time
-CHUNKS, LENGTH = 32, 512
+ESTIMATING, JUDGING = 0.05, 0.08  # of the time
+JUDGES, EARLIER = 8, 4  # chunks, and how many maps before the last one
+CHUNKS, FEWEST, LENGTH = 80, 8, 512
 MARGIN_S = 5.0
 
 
@@ -40,15 +47,133 @@ def elapsed() -> float:
     return time.time() - STARTED
 
 
-def plan_for(model: str, text: str, bits: tuple[float, ...], chunks: int) -> Plan:
-    """The job: one text for calibration and search, divided by nobody."""
-    size = {"source": text, "chunks": chunks, "length": LENGTH}
-    small = {"source": text, "chunks": 2, "length": LENGTH}
-    overrides = {
-        "menu": MENU, "budgets": list(bits), "estimators": [ESTIMATOR], "quantizer": "rtn",
-        "texts.calibration": small, "texts.heldout": small, "texts.search": size,
-    }  # fmt: skip
-    return make_plan(load_config(model, None, overrides))
+def plan_for(
+    model: str, text: str, bits: tuple[float, ...], chunks: int, **overrides: object
+) -> Plan:
+    """The job: one text for calibration and search, divided by nobody; fewer chunks of a short one."""
+    while True:
+        size = {"source": text, "chunks": chunks, "length": LENGTH}
+        small = {"source": text, "chunks": 2, "length": LENGTH}
+        settings = {
+            "menu": MENU, "budgets": list(bits), "estimators": [ESTIMATOR], "quantizer": "rtn",
+            "texts.calibration": small, "texts.heldout": small, "texts.search": size, **overrides,
+        }  # fmt: skip
+        try:
+            return make_plan(load_config(model, None, settings))
+        except TextError:
+            if chunks <= FEWEST:
+                raise
+            chunks //= 2
+
+
+class Searcher:
+    """One plan, searched within a time.
+
+    Attributes:
+        limits: bytes of the decided units by average bits.
+        first: the estimator's optimum by average bits.
+        log: what the search did and cost.
+    """
+
+    def __init__(self, plan: Plan, minutes: float, seed: int, *, from_now: bool = False) -> None:
+        self.plan, self.seed = plan, seed
+        self.clock = Clock(60 * minutes - MARGIN_S, elapsed() if from_now else 0.0)
+        self.session = Session(spec_of(plan, os.environ.get("BITFRONT_CACHE")))
+        self._model = self.session.evaluator.model
+        import torch
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.chunks = plan.texts["search"].ids
+        self.log: dict[str, Any] = {"seconds": {"ready": elapsed()}}
+        bits = sorted(plan.config.budgets or ())
+        self.limits = {
+            b: limit - plan.other_bytes for b, limit in zip(bits, plan.budgets, strict=True)
+        }
+        self._problem = plan.problem(self._estimate())
+        found = sweep(self._problem, weight_bytes.RESOURCE, self.limits.values())
+        self.first = {b: s.choice for b, s in zip(bits, found, strict=True)}
+
+    def _estimate(self) -> np.ndarray:
+        """The estimator's table, from as much text as its part of the time allows."""
+        tables, estimator = [], ESTIMATORS[ESTIMATOR]
+        for share in estimator.shares(len(self.plan.choices), len(self.chunks)):
+            with self.clock.step():
+                tables.append(estimator.score(self._model, self.chunks, self.plan.choices, share))
+            spent = elapsed() - self.log["seconds"]["ready"]
+            if spent > ESTIMATING * self.clock.seconds or not self.clock.allows(0.5):
+                break
+        self.log["seconds"]["estimated"] = elapsed()
+        self.log["estimator_tokens"] = int(sum(table.tokens.max() for table in tables))
+        return merge(tables).mean()
+
+    def _starts(self) -> dict[int, list[np.ndarray]]:
+        """The optimum, and uniform maps of exactly as many bytes."""
+        flat = [uniform(self._problem, column) for column in range(len(self.plan.menu))]
+        cost = self._problem.total_cost
+        return {
+            limit: [self.first[b]]
+            + [u for u in flat if u is not None and cost(u, weight_bytes.RESOURCE) == limit]
+            for b, limit in self.limits.items()
+        }
+
+    def search(self) -> dict[float, np.ndarray]:
+        """The best map by average bits."""
+        setting = Setting(
+            self._problem, weight_bytes.RESOURCE, self._starts(), len(self.chunks), self.seed
+        )
+        search = Refinement(setting)
+        asked: Counter[bool] = Counter()
+        self.clock.longest, told = 0.0, 0
+        while self.clock.allows(1 - JUDGING) and (question := search.ask()):
+            asked[question.slopes] += 1
+            with self.clock.step():
+                self._measure(search, question)
+            for entry in search.log[told:]:
+                print(f"{elapsed():6.0f} s  {json.dumps(entry)}", flush=True)
+            told = len(search.log)
+        self.log["seconds"]["refined"] = elapsed()
+        histories = {b: search.history(limit) for b, limit in self.limits.items()}
+        best = self._judge(histories)
+        self.log["seconds"]["all"] = elapsed()
+        self.log |= {
+            "gradients": asked[True], "measurements": asked[False],
+            "tokens": LENGTH * asked.total(),
+            "maps": {b: len(maps) for b, maps in histories.items()}, "steps": search.log,
+        }  # fmt: skip
+        return best
+
+    def _measure(self, search: Refinement, question: Question) -> None:
+        chunk = self.chunks[question.chunk]
+        if question.slopes:
+            names = tuple(scheme.name for scheme in self.plan.schemes(question.choice))
+            found = self.session.slopes(names, chunk)
+            tokens = found.loss.tokens
+            search.tell(question, found.loss.kl_sum / tokens, found.sums / tokens)
+        else:
+            search.tell(question, self.kl(question.choice, chunk))
+
+    def kl(self, choice: np.ndarray, chunk: np.ndarray) -> float:
+        """Of a map on a chunk, nats per token."""
+        found = self.session.measure(tuple(s.name for s in self.plan.schemes(choice)), chunk)
+        return found.kl_sum / found.tokens
+
+    def _judge(self, histories: dict[float, list[np.ndarray]]) -> dict[float, np.ndarray]:
+        """Of each budget's last map, one before it and the first: the best on fresh chunks."""
+        finals = {}
+        for bits, maps in histories.items():
+            last = len(maps) - 1
+            finals[bits] = [maps[i] for i in sorted({0, max(0, last - EARLIER), last})[::-1]]
+        sums = {bits: np.zeros(len(maps)) for bits, maps in finals.items()}
+        self.clock.longest = 0.0
+        for chunk in self.chunks[::-1][:JUDGES]:
+            for bits, maps in finals.items():
+                found: list[float] = []
+                while self.clock.allows() and len(found) < len(maps) > 1:
+                    with self.clock.step():
+                        found.append(np.log(self.kl(maps[len(found)], chunk)))
+                if len(found) == len(maps):
+                    sums[bits] += found
+        return {bits: maps[int(np.argmin(sums[bits]))] for bits, maps in finals.items()}
 
 
 def main() -> None:
@@ -64,59 +189,29 @@ def main() -> None:
     bits = tuple(float(b) for b in given.bits.split(","))
     given.out.mkdir(parents=True, exist_ok=True)
     plan = plan_for(given.model, given.text, bits, given.chunks)
-    session = Session(spec_of(plan, os.environ.get("BITFRONT_CACHE")))
-    import torch
+    searcher = Searcher(plan, given.minutes, given.seed)
+    for name in ("start", "bitfront"):  # whatever happens next, there are maps
+        write(given.out, plan, searcher.first, name)
+    write(given.out, plan, searcher.search())
+    (given.out / "log.json").write_text(json.dumps(searcher.log, indent=1) + "\n")
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    chunks = plan.texts["search"].ids
-    model = session.evaluator.model
-    torch.set_num_threads(os.cpu_count() or 1)
-    ready = elapsed()
 
-    tables, estimator = [], ESTIMATORS[ESTIMATOR]
-    for share in estimator.shares(len(plan.choices), len(chunks)):
-        tables.append(estimator.score(model, chunks, plan.choices, share))
-        if elapsed() - ready > ESTIMATING * 60 * given.minutes:
-            break
-    problem = plan.problem(merge(tables).mean())
-    estimated = elapsed()
-    limits = {
-        b: limit - plan.other_bytes for b, limit in zip(sorted(bits), plan.budgets, strict=True)
-    }
-    first = sweep(problem, weight_bytes.RESOURCE, limits.values())
-    uniforms = [u for c in range(len(plan.menu)) if (u := uniform(problem, c)) is not None]
-    starts = {
-        limit: [
-            solution.choice,
-            *(u for u in uniforms if problem.total_cost(u, weight_bytes.RESOURCE) == limit),
-        ]
-        for limit, solution in zip(limits.values(), first, strict=True)
-    }
-    write(given.out, plan, {b: s.choice for b, s in zip(limits, first, strict=True)}, "start")
+class Clock:
+    """Whether there is time for one more piece of work, as long as the longest so far."""
 
-    setting = Setting(problem, weight_bytes.RESOURCE, starts, len(chunks), given.seed)
-    refinement = make_strategy("refine", setting)
-    asked, longest, told = 0, 0.0, 0
-    while elapsed() + 1.2 * longest < 60 * given.minutes - MARGIN_S and (
-        question := refinement.ask()
-    ):
+    def __init__(self, seconds: float, start: float = 0.0) -> None:
+        self.seconds, self.start, self.longest = seconds, start, 0.0
+
+    def allows(self, share: float = 1.0) -> bool:
+        """Whether it would end within a share of the time."""
+        return elapsed() - self.start + 1.2 * self.longest < share * self.seconds
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A piece of work."""
         start = time.perf_counter()
-        names = tuple(scheme.name for scheme in plan.schemes(question.choice))
-        found = session.slopes(names, chunks[question.chunk])
-        tokens = found.loss.tokens
-        refinement.tell(question, found.loss.kl_sum / tokens, found.sums / tokens)
-        asked, longest = asked + 1, max(longest, time.perf_counter() - start)
-        for entry in refinement.log[told:]:
-            print(f"{elapsed():6.0f} s  {json.dumps(entry)}", flush=True)
-        told = len(refinement.log)
-    write(given.out, plan, {b: refinement.best(limit) for b, limit in limits.items()})
-    log = {
-        "seconds": {"ready": ready, "estimated": estimated, "all": elapsed()},
-        "estimator_chunks": int(tables[0].tokens.max() / LENGTH) * len(tables),
-        "questions": asked, "tokens": asked * LENGTH,
-        "steps": refinement.log,
-    }  # fmt: skip
-    (given.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+        yield
+        self.longest = max(self.longest, time.perf_counter() - start)
 
 
 def write(out: Path, plan: Plan, maps: dict[float, np.ndarray], name: str = "bitfront") -> None:

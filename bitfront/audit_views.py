@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from rich.table import Table
 
 from bitfront.config import UNPROVEN
+from bitfront.fronts import few_tokens
 
 KEYS = ("name", "spearman", "kendall", "spearman_equal_bits", "seconds")
 """Of each estimator in the pinned document."""
@@ -118,13 +119,7 @@ def audit_remarks(audit: dict[str, Any]) -> list[str]:
             f"{abs(excess):.0%} {'more' if excess > 0 else 'less'} than the sum of both."
             for scheme, excess in zip(pairs["schemes"], pairs["excess"], strict=True)
         ]
-    lines += [
-        f"{entry['unit']}: {entry['few']} of {len(entry['tokens'])} experts saw few tokens "
-        f"(least {min(entry['tokens']):.0f}); their estimates lean on their siblings'."
-        for entry in audit["experts"]
-        if entry["few"]
-    ]
-    return lines
+    return lines + few_tokens(audit["experts"])
 
 
 def audit_has_equal(audit: dict[str, Any]) -> bool:

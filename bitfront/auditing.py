@@ -26,7 +26,7 @@ from bitfront.pipeline import (
 from bitfront.plan import Plan
 from bitfront.progress import Progress
 from bitfront.run import Run
-from bitfront.scoring import ESTIMATE_WEIGHT, Scores, forecast_bytes, score
+from bitfront.scoring import ESTIMATE_WEIGHT, Scores, experts_seen, forecast_bytes, score
 from cost_models import weight_bytes
 from evaluation.arithmetic import memory_bytes
 from quantization.errors import MeasurementError
@@ -46,7 +46,6 @@ PAIRS = "pairs of units"
 REFERENCE = "reference"
 RANGE = (0.15, 0.6)  # of the way from the smallest to the largest uniform map
 NEAR = 10  # a tenth as many exchanges as units
-FEW_TOKENS = 64
 WEIGHT_ERROR = "weight-error"  # a null arm, always judged along: it knows nothing of the loss
 
 Choice = NDArray[np.intp]
@@ -312,8 +311,6 @@ def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem)
     default = max(verdicts, key=lambda name: np.nan_to_num(verdicts[name].merit, nan=-2.0))
     mixed = [i for i, group in enumerate(maps.groups) if group != FLIPS]
     offered = np.column_stack([problem.offered, np.ones(len(problem.offered), dtype=bool)])
-    units = run.plan.layout.units
-    experts = next((s.experts for s in scores.values() if s.experts), {})
     return {
         "default": default,
         "audited_at": now().isoformat(),
@@ -341,10 +338,7 @@ def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem)
             name: [float(x) for x in totals(table, maps.choices)[mixed]]
             for name, table in tables.items()
         },
-        "experts": [
-            {"unit": units[u].name, "tokens": tokens, "few": sum(t < FEW_TOKENS for t in tokens)}
-            for u, tokens in sorted(experts.items())
-        ],
+        "experts": experts_seen(run.plan, scores.values()),
     }  # fmt: skip
 
 

@@ -21,7 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 database = typer.Typer(help="The store's schema.", no_args_is_help=True)
+benches = typer.Typer(help="Comparisons with others.", no_args_is_help=True)
 app.add_typer(database, name="db")
+app.add_typer(benches, name="bench")
 
 JobArgument = Annotated[int | None, typer.Argument(metavar="[JOB]", help="Default: the latest.")]
 StoreOption = Annotated[
@@ -32,6 +34,7 @@ AddressOption = Annotated[
     str, typer.Option(help="Ray cluster's address; 'local' starts one, 'none' uses no Ray.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="How many model replicas.")]
+BUDGETS = "3.25,3.5,3.75,4.25,4.75,5.25"
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -329,6 +332,34 @@ def upgrade(store: StoreOption = None, as_json: JsonOption = False) -> None:
         print_json({"before": before, "after": after})
     else:
         typer.echo(f"schema {before or 'empty'} -> {after}")
+
+
+@benches.command("allocators")
+def bench_allocators(
+    maps: Annotated[list[Path], typer.Argument(help="Files of linear name -> bits.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or 'demo'.")] = "demo",
+    text: Annotated[str, typer.Option(help="A file to measure on.")] = "python-docs",
+    bits: Annotated[str, typer.Option(help="Budgets that maps compete at.")] = BUDGETS,
+    chunks: Annotated[int, typer.Option(min=2)] = 24,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a chunk.")] = 512,
+    quantizer: Annotated[str, typer.Option(help="The same for all maps.")] = "rtn",
+    calibration_text: Annotated[str | None, typer.Option(help="For the quantizer.")] = None,
+    random: Annotated[int, typer.Option(min=0, help="Random maps at each budget.")] = 3,
+    address: AddressOption = "local",
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare MAPS at equal bytes: KL, paired differences, random maps and finer uniform ones.
+
+    Weights are symmetric integers in groups of 64, so b bits cost b + 0.25.
+    """
+    from bitfront.allocators import Contest, run
+
+    contest = Contest(
+        model, text, tuple(maps), tuple(_numbers(bits) or ()), chunks, length, quantizer,
+        calibration_text, random=random,
+    )  # fmt: skip
+    run(contest, _open(store), address, as_json)
 
 
 def _open(url: str | None) -> Any:

@@ -142,6 +142,7 @@ def load_front(store: Store, job: Job) -> Front:
         (
             *_findings(points, heldout, {c.point for c in measured if c.certificate}),
             *(f"Point {c.point} ({c.origin}): {c.failure}." for c in proposed if c.failure),
+            *few_tokens(job.facts.get("experts", ())),
         ),
     )
 
@@ -177,6 +178,16 @@ def _findings(points: Sequence[Point], heldout: dict[str, MapLoss], solved: set[
         if best is not None:
             findings.append(_compare(best, control, name, heldout))
     return findings
+
+
+def few_tokens(experts: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each unit some of whose experts saw little of the calibration text."""
+    return [
+        f"{entry['unit']}: {entry['few']} of {len(entry['tokens'])} experts saw few tokens "
+        f"(least {min(entry['tokens']):.0f}); their estimates lean on their siblings'."
+        for entry in experts
+        if entry["few"]
+    ]
 
 
 def _compare(ours: Point, control: Point, name: str, heldout: dict[str, MapLoss]) -> str:

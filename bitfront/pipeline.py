@@ -17,7 +17,7 @@ from bitfront.progress import Progress
 from bitfront.proposals import propose
 from bitfront.refining import REFINE, SLOPES_WEIGHT, refine, starts_of
 from bitfront.run import Run
-from bitfront.scoring import ESTIMATE_WEIGHT, score
+from bitfront.scoring import ESTIMATE_WEIGHT, experts_seen, score
 from evaluation.texts import Text
 from quantization.errors import BitfrontError, MeasurementError
 from search.calibration import Calibration, fit_gain
@@ -78,7 +78,10 @@ def _run_stages(run: Run) -> None:
         for _ in _values(run, [Task("prepare")]):
             advance(1)
     measure_reference(run)  # before the bank is mapped: it holds a float32 model for a moment
-    problems = {name: plan.problem(score(run, name).mean) for name in config.estimators}
+    scores = {name: score(run, name) for name in config.estimators}
+    problems = {name: plan.problem(scored.mean) for name, scored in scores.items()}
+    if experts := experts_seen(plan, scores.values()):
+        run.job = update_job(run.store, run.job.id, facts={"experts": experts})
     candidates = _propose(run, problems)
     search = plan.texts["search"]
 
@@ -145,7 +148,7 @@ def open_planned(plan: Plan, store: Store) -> Job:
         "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
     }
     if plan.because:  # an audit of the job plans it anew, and doesn't ask again
-        facts["estimators_because"] = plan.because
+        facts |= {"estimators_because": plan.because, "evidence": plan.evidence}
     return update_job(store, job.id, facts=facts)
 
 

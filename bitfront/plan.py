@@ -6,6 +6,7 @@
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,7 @@ class Plan:
         folding: how `checkpoint` is made, where the job has a transform.
         packed: whether the bank holds packed bytes instead of values.
         because: why these estimators, where the job left that open.
+        evidence: the audit of another job that says so.
     """
 
     config: JobConfig
@@ -74,6 +76,7 @@ class Plan:
     imatrix: Imported | None = None
     packed: bool = False
     because: str | None = None
+    evidence: dict[str, Any] | None = None
 
     @property
     def offered(self) -> NDArray[np.bool_]:
@@ -228,13 +231,16 @@ def settled(plan: Plan, store: Store) -> Plan:
         judged = {entry["name"] for entry in known.facts["audit"]["estimators"]}
         known = known if judged.issuperset(UNPROVEN) else None
     found: tuple[str, ...] = UNPROVEN
+    evidence = None
     why = "this model was never audited with this menu; `bitfront audit` finds its best"
     if known:
         found, why = (known.facts["audit"]["default"],), f"the best of the audit of job {known.id}"
+        evidence = {"job": known.id, **known.facts["audit"]}
     places = [found if name == AUTO else (name,) for name in plan.config.estimators]
     estimators = tuple(dict.fromkeys(name for place in places for name in place))
     config = plan.config.model_copy(update={"estimators": estimators})
-    return replace(plan, config=config, because=f"{AUTO}: {' and '.join(found)}, {why}")
+    because = f"{AUTO}: {' and '.join(found)}, {why}"
+    return replace(plan, config=config, because=because, evidence=evidence)
 
 
 def plan_again(job: Job, model: Model) -> Plan:

@@ -25,7 +25,7 @@ from workers.pool import Task
 
 REFINE = "refining by measurement"
 SLOPES_WEIGHT = 4  # of a measurement with slopes, in measurements
-SLOPES = "slopes"
+SLOPES = "slopes of errors"
 
 Choice = NDArray[np.intp]
 Answer = tuple[float, NDArray[np.float64] | None]

@@ -234,9 +234,12 @@ def _method(front: Front) -> str:
 
 def _audit(front: Front) -> str:
     """How well predictions of this model were found to rank maps, if that was audited."""
-    audit = front.job.facts.get("audit")
+    audit = front.job.facts.get("audit") or front.job.facts.get("evidence")
     if not audit:
         return ""
+    whose = (
+        f" by the audit of job {audit['job']}, which chose the estimator" if "job" in audit else ""
+    )
     figure = calibration_figure(audit, INK, [ACCENT, CONTROL, MUTED, "#15803d", "#7c3aed"])
     head = ("estimator", "Spearman, all sizes", "Spearman, equal size", "Kendall", "seconds")
     rows = "".join(
@@ -251,7 +254,7 @@ def _audit(front: Front) -> str:
     div = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False})
     remarks = "".join(f"<li>{escape(line)}</li>" for line in audit_remarks(audit))
     return f"""<h2>Predictions audited against measurements</h2>
-<p class="muted">Random maps, measured on the search text; choose estimators in the legend.</p>{div}
+<p class="muted">Random maps{whose}, measured on the search text; choose estimators in the legend.</p>{div}
 <table><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr>{rows}</table><ul>{remarks}</ul>
 """
 

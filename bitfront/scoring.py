@@ -1,6 +1,8 @@
 """Sensitivity of a job: shares of an estimator's table from the store, the missing ones from workers."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,8 @@ from workers.pool import Task
 
 ESTIMATE_WEIGHT = 12
 """How long a task takes in measurements of a candidate on a chunk, for the bar's first estimate."""
+FEW_TOKENS = 64
+"""An expert that saw fewer is named."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,18 @@ def score(run: Run, estimator: str) -> Scores:
         )
     experts = {unit: own.tokens.tolist() for unit, own in whole.experts.items()}
     return Scores(table, experts, sum(found[share].seconds for share in shares))
+
+
+def experts_seen(plan: Plan, scores: Iterable[Scores]) -> list[dict[str, Any]]:
+    """Tokens that each expert saw, by unit, and how many experts saw few; empty without experts."""
+    experts = next((s.experts for s in scores if s.experts), {})
+    return [
+        {
+            "unit": plan.layout.units[u].name, "tokens": tokens,
+            "few": sum(count < FEW_TOKENS for count in tokens),
+        }
+        for u, tokens in sorted(experts.items())
+    ]  # fmt: skip
 
 
 def forecast_bytes(plan: Plan, estimator: str, share: Share) -> int:

@@ -100,6 +100,23 @@ def make_texts(tokenizer: Any, requests: Mapping[str, TextRequest]) -> dict[str,
     return {role: texts[role] for role in requests}
 
 
+def consecutive(tokenizer: Any, request: TextRequest) -> Text:
+    """The first chunks of a source, one right after the other, as most benchmarks take them.
+
+    Raises:
+        TextError: a source that can't be read, or that is too short.
+    """
+    ids = _tokenize(tokenizer, read_source(request.source))
+    bos = _beginning(tokenizer)
+    length = request.length - len(bos)
+    if len(ids) < request.chunks * length:
+        raise TextError(
+            f"the text '{request.source}' is too short: {len(ids)} tokens where {request.chunks} x "
+            f"{request.length} need {request.chunks * length}; give fewer or shorter chunks"
+        )
+    return _spread(request.source, ids[: request.chunks * length], request, bos)
+
+
 def _spread(
     source: str, region: NDArray[np.int64], request: TextRequest, bos: NDArray[np.int64]
 ) -> Text:

@@ -1,6 +1,6 @@
-"""Slopes: the loss's gradient at a quantized map, times what each other scheme would change.
+"""Slopes: the loss's gradient at a quantized map, times the error of each scheme.
 
-    slope(u, s) = < d KL(p || q) / dW_u,  W_us - W_um >
+    slope(u, s) = < d KL(p || q) / dW_u,  W_us - W_u >
 
 with q the model under a map m. At the unquantized model this gradient is zero and only curvature is
 left (`fisher`); at a map it tells how a unit's error meets the errors of all others, for every unit
@@ -20,8 +20,9 @@ from evaluation.assembly import AssembledModel
 from evaluation.evaluator import Evaluator, Measurement
 from evaluation.passes import Passes
 from quantization.schemes import Scheme
-from sensitivity.base import Floats, Share, menu
-from sensitivity.weight_gradients import WeightGradient
+from quantization.units import Site
+from sensitivity.base import Floats, Share
+from sensitivity.weight_gradients import SLICE, WeightGradient
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class LocalSlopes:
 
     Args:
         loss: as `Evaluator.measure` gives it.
-        sums: units x schemes of the menu, summed over the chunk's predicted tokens, in nats; zero
-            at the map's own schemes, NaN where a scheme isn't offered.
+        sums: units x schemes of the menu, summed over the chunk's predicted tokens, in nats; NaN
+            where a scheme isn't offered. Differences within a unit are what a change makes, to
+            first order.
     """
 
     loss: Measurement
@@ -57,10 +59,7 @@ def measure_slopes(
     for unit, experts in table.experts.items():
         sums[unit] += experts.sums.sum(axis=1)
     loss = replace(gradient.loss, seconds=time.perf_counter() - start)
-    columns = menu(choices)
-    own = [columns.index(s) if s in columns else None for s in schemes]
-    at = [0.0 if c is None else sums[u, c] for u, c in enumerate(own)]
-    return LocalSlopes(loss, sums - np.array(at)[:, None])
+    return LocalSlopes(loss, sums)
 
 
 class _KLGradient(WeightGradient):
@@ -96,6 +95,33 @@ class _KLGradient(WeightGradient):
         with torch.no_grad():
             q_TH = passes.blocks.finish(passes.ids[0], passes.states[-1][0])
         self.loss = self._evaluator.loss(self._p_TH, q_TH, self._ids)
+
+    def _contracted(
+        self,
+        model: AssembledModel,
+        u: int,
+        site: Site,
+        schemes: Sequence[Scheme],
+        gradients: Sequence[Tensor],
+    ) -> Tensor:
+        """E x S x 1: each scheme's weights are read once, and errors never written."""
+        bank, unit = model.bank, model.bank.layout.units[u]
+        [gradient] = gradients
+        reference = bank.reference(unit)[site.parameter].to(model.device)
+        experts = len(reference) if reference.dim() == 3 else 1
+        shape = (experts, reference.shape[-2], -1)
+        given, exact = gradient.reshape(shape), reference.reshape(shape)
+        borrowed = [bank.borrow(unit, scheme, site.parameter) for scheme in schemes]
+        shipped = [tensor.to(model.device).reshape(shape) for tensor in borrowed]
+        found = torch.zeros(experts, len(schemes), 1, dtype=torch.float64, device=model.device)
+        step = max(1, SLICE // reference.shape[-1])
+        for e in range(experts):
+            for r in range(0, reference.shape[-2], step):
+                part = e, slice(r, r + step)
+                g, w = given[part].float().flatten(), exact[part].float()
+                for s, weights in enumerate(shipped):
+                    found[e, s] += torch.dot((weights[part].float() - w).flatten(), g)
+        return found.cpu()
 
     def contract(self, errors_SRC: Tensor, gradients_PRC: Tensor) -> Tensor:
         """Inner products."""

@@ -93,8 +93,12 @@ class Work:
         return 2 * self.tokens * ends * self.itemsize
 
     def keeps_graphs(self, chunks: int) -> bool:
-        """Whether a pass over some chunks keeps the graphs of all blocks, instead of one at a time."""
-        return self.roomy and self._all_graphs_bytes(chunks) <= KEPT_BYTES
+        """Whether a pass over some chunks keeps the graphs of all blocks, instead of one at a time.
+
+        Not of mixtures of experts, whose graphs grow with the experts that each token goes to.
+        """
+        mixture = any(unit.kind == "experts" for unit in self.layout.units)
+        return self.roomy and not mixture and self._all_graphs_bytes(chunks) <= KEPT_BYTES
 
     def graphs_bytes(self, chunks: int) -> int:
         """What graphs take in a backward pass over some chunks."""

@@ -70,7 +70,14 @@ class Strategy(ABC):
 
     @abstractmethod
     def tell(self, question: Question, loss: float, slopes: Floats | None = None) -> None:
-        """An answer: nats per token, and slopes (U x S, nats per token; NaN isn't offered)."""
+        """An answer: nats per token, and slopes where they were asked for.
+
+        Args:
+            question: as it was asked.
+            loss: of the map on the chunk, nats per token.
+            slopes: U x S, the loss's gradient at the map by each unit's weights, times the error of
+                each scheme; nats per token; NaN isn't offered.
+        """
 
     @abstractmethod
     def best(self, limit: int) -> Choice:

@@ -1,12 +1,11 @@
-"""Refinement: measure a map, correct the table around it, solve again, keep what measures better.
+"""Refinement: take the gradient at the best map, predict the table around it, solve again.
 
-For each budget there is an incumbent. Its slopes and all that was measured so far make a posterior
-of the loss table around it; the solver's optimum under the posterior's mean, or under a table drawn
-from it (Thompson), within so many changes of the incumbent, is the next candidate. Candidate and
-incumbent meet on the same chunks of text, one after the other: a candidate that is worse with
-confidence is dropped, one that is better takes over, and either way the difference corrects the
-table. Where nothing better is found the comparison is widened to more chunks, so that small
-differences are told from noise. Slopes of all maps serve all budgets, discounted by their distance.
+Every budget has an incumbent, whose gradient is measured on one fresh chunk of text after the other.
+What all of them tell about errors that meet (`search.fields`) makes a table around each incumbent; the
+solver's optimum under it, within so many changes, is the next map. A step that one chunk can judge is
+first measured on a chunk that knows the incumbent: prediction and measurement, each by its own error,
+decide. Where they agree steps grow, where a step fails it is halved. Where chunks are noisier than
+predictions, as at high bits, the step is taken on trust and corrected by the next gradients.
 
 With one question at a time it is deterministic.
 """
@@ -17,39 +16,35 @@ import numpy as np
 
 from search.errors import SearchError
 from search.exact import solve
-from search.posterior import Difference, Posterior, Slopes
+from search.fields import Fields, Step
 from search.problem import Choice, Floats, Problem
-from search.strategies.base import Question, Record, Setting, Strategy, compared
+from search.strategies.base import Question, Setting, Strategy
 
-WIDTH = 4  # chunks of a comparison, at first
-TRUST = 12  # changes of a candidate, at first
-LEAST_TRUST, MORE_TRUST, LESS_TRUST = 3, 1.5, 0.7
-CONFIDENCE = 1.0, 2.0  # standard errors to drop a candidate, and to accept one early
-ACCEPT_AFTER = 4  # chunks
-PATIENCE = 3  # failures until a comparison is widened
-ROUGH = 0.02  # standard deviation of differences, of the loss, until there are three chunks
-TRIES, GAP, SECONDS = 12, 1e-3, 5.0
-WAITING = 0.002  # what a budget's turn gains by every question that others get
+FIRST = 2  # gradients at the start before the first step
+TRUST, LEAST = 12, 2  # changes of a step, at first and at least
+GOOD, BAD = 0.7, 0.3  # measured gain of the predicted one, to take longer and shorter steps
+LONGER, SHORTER = 1.5, 0.5
+SURE = 0.5  # errors that a step on trust must be better by: texts differ in style, too
+TELLING = 0.7  # a prediction's error, of a measurement's, from which on a chunk judges
+SHARES = 1.0, 0.5, 0.25  # of the trusted changes that are compared by prediction
+GRADIENT = 4  # what a gradient costs, in measurements
+PROMISE, LITTLE = 0.1, 0.003  # gain that a budget is expected to make next, at first and at least
+FORGET = 0.7  # of that, at each step
+CONFIDENCE, MOST = 1.0, 4  # errors at which a trial is decided, and chunks until it is anyhow
+DRAWS, PATIENCE = 8, 12  # to find an untried map, and failures in a row that end a budget's search
+GAP, SECONDS = 1e-3, 5.0
+NEIGHBOURLY = 4  # every so many proposals comes from another budget
 CHANGES = "changes"
 
 
 @dataclass
-class _Sloped(Record):
-    """A map with the sums of its slopes and of their squares over chunks."""
+class _Trial:
+    """A candidate that meets the incumbent on chunks of text."""
 
-    slopes: Floats | None = None
-    squares: Floats | None = None
-
-    @property
-    def loss(self) -> float:
-        """Mean over all chunks that it was measured on."""
-        return float(np.mean(list(self.losses.values())))
-
-    def add(self, chunk: int, loss: float, slopes: Floats) -> None:
-        """One more chunk."""
-        self.losses[chunk] = loss
-        self.slopes = slopes + (0.0 if self.slopes is None else self.slopes)
-        self.squares = slopes**2 + (0.0 if self.squares is None else self.squares)
+    choice: Choice
+    step: Step
+    asked: list[int] = field(default_factory=list)
+    losses: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,204 +52,256 @@ class _Descent:
     """The search at one budget."""
 
     limit: int
-    order: list[int]
-    incumbent: bytes
-    queue: list[bytes]
-    candidate: bytes | None = None
-    width: int = WIDTH
+    incumbent: Choice
+    others: list[Choice]
+    losses: dict[int, float] = field(default_factory=dict)  # of the incumbent, by chunk
+    sloped: set[int] = field(default_factory=set)  # chunks with the incumbent's gradient
+    turn: int = 0  # in the order of chunks
+    told: int = 0  # gradients
+    spent: float = 0.0
+    promise: float = PROMISE
+    fresh: bool = False  # a gradient has been told since the last step
     trust: float = TRUST
-    failures: int = 0
     proposals: int = 0
-    merit: float = 1.0
-    tried: set[bytes] = field(default_factory=set)
-    done: bool = False
+    trial: _Trial | None = None
+    failures: int = 0
+    rejected: set[bytes] = field(default_factory=set)
+    history: list[Choice] = field(default_factory=list)
 
 
 class Refinement(Strategy):
     """Descends at several budgets at once."""
 
     def __init__(self, setting: Setting) -> None:
-        problem = setting.problem
-        self._setting, self._problem = setting, problem
+        self._setting, self._problem = setting, setting.problem
+        self._rows = np.arange(len(self._problem.loss))
+        prior = np.where(self._problem.offered, self._problem.loss, 0.0).clip(min=0)
+        self._fields = Fields(prior)
         self._generator = np.random.default_rng(setting.seed)
-        self._rows = np.arange(len(problem.loss))
-        self._prior = np.where(problem.offered, problem.loss, 0.0).clip(min=0)
-        self._records: dict[bytes, _Sloped] = {}
-        self._differences: list[tuple[Difference, float]] = []
+        self._order = self._generator.permutation(setting.chunks).tolist()
+        self._waiting: dict[tuple[bytes, int, bool], list[_Descent]] = {}
         self._descents = []
         self.log = []
         for limit, maps in setting.starts.items():
-            first, *queue = [self._record(choice) for choice in maps]
-            order = self._generator.permutation(setting.chunks).tolist()
-            width = min(WIDTH, setting.chunks)
-            self._descents.append(_Descent(limit, order, first, queue, width=width))
+            first, *others = [choice.astype(np.intp) for choice in maps]
+            self._descents.append(_Descent(limit, first, others, history=[first]))
 
     def ask(self) -> Question | None:
-        """See `Strategy.ask`: the budget that promises most, and has waited."""
-        order = sorted(self._descents, key=lambda d: -d.merit)
-        for descent in order:
-            found = None if descent.done else self._wanted(descent)
-            if found:
-                for other in self._descents:
-                    other.merit += 0 if other is descent else WAITING
-                return found
+        """See `Strategy.ask`: the budget that has had least for what it promises.
+
+        One that awaits nothing, if possible.
+        """
+        awaited = [id(d) for descents in self._waiting.values() for d in descents]
+        for descent in sorted(self._descents, key=lambda d: (awaited.count(id(d)), d.spent)):
+            if (question := self._wanted(descent)) is not None:
+                self._waiting.setdefault(_key(question), []).append(descent)
+                cost = GRADIENT if question.slopes else 1
+                descent.spent += cost / np.sqrt(max(descent.promise, LITTLE))
+                return question
         return None
 
     def tell(self, question: Question, loss: float, slopes: Floats | None = None) -> None:
-        """See `Strategy.tell`; it wants slopes."""
-        record = self._records[self._record(question.choice)]
-        assert slopes is not None
-        record.add(question.chunk, loss, np.nan_to_num(slopes))
-        for descent in self._descents:
-            if descent.candidate is not None:
-                self._judge(descent)
+        """See `Strategy.tell`; where a question asked for slopes it wants them."""
+        descent = self._waiting[_key(question)].pop(0)
+        if slopes is not None:
+            self._fields.see(question.choice, question.chunk, loss, np.nan_to_num(slopes))
+            descent.told += 1
+            descent.fresh = True
+            if np.array_equal(question.choice, descent.incumbent):
+                descent.losses[question.chunk] = loss
+        elif (trial := descent.trial) and np.array_equal(question.choice, trial.choice):
+            trial.losses[question.chunk] = loss
+            self._judge(descent, trial)
 
     def best(self, limit: int) -> Choice:
         """The incumbent at a budget."""
-        [descent] = [d for d in self._descents if d.limit == limit]
-        return self._records[descent.incumbent].choice
+        return self.history(limit)[-1]
 
-    def _record(self, choice: Choice) -> bytes:
-        choice = choice.astype(np.intp)
-        key = choice.tobytes()
-        self._records.setdefault(key, _Sloped(choice))
-        return key
+    def history(self, limit: int) -> list[Choice]:
+        """Incumbents at a budget, the first one first."""
+        [descent] = [d for d in self._descents if d.limit == limit]
+        return descent.history
 
     def _wanted(self, descent: _Descent) -> Question | None:
-        chunks = descent.order[: descent.width]
-        incumbent = self._records[descent.incumbent]
-        if question := incumbent.missing(chunks, slopes=True):
-            return question
-        if descent.candidate is None:
-            if not incumbent.knows(chunks):
-                return None  # awaited
+        ready = descent.fresh and descent.told >= min(FIRST, self._setting.chunks)
+        if descent.trial is None and ready:
             self._challenge(descent)
-        if descent.candidate is None:
-            return None
-        return self._records[descent.candidate].missing(chunks, slopes=True)
-
-    def _challenge(self, descent: _Descent) -> None:
-        """Find a candidate for a measured incumbent, widening where there is none."""
-        if descent.queue:
-            descent.candidate = descent.queue.pop(0)
-        elif (found := self._propose(descent)) is not None:
-            descent.candidate = self._record(found)
-            descent.tried.add(descent.candidate)
-        else:
-            self._failed(descent, widen=True)
-            return
-        self._judge(descent)  # another budget may have measured it
-
-    def _propose(self, descent: _Descent) -> Choice | None:
-        incumbent = self._records[descent.incumbent]
-        posterior = self.posterior(descent.incumbent)
-        for attempt in range(TRIES):
-            thompson = attempt or descent.proposals % 2
-            scale = 0.5 * (1 + attempt / 2)
-            table = posterior.draw(self._generator, scale) if thompson else posterior.table()
-            descent.proposals += 1
-            choice = self._solve(descent, incumbent.choice, table)
-            key = choice.tobytes() if choice is not None else descent.incumbent
-            if key != descent.incumbent and key not in descent.tried:
-                return choice
+        if descent.trial and len(descent.trial.losses) == len(descent.trial.asked):
+            return self._trial(descent, descent.trial)
+        for _ in self._order:
+            chunk = self._order[descent.turn % len(self._order)]
+            descent.turn += 1
+            if chunk not in descent.sloped:
+                descent.sloped.add(chunk)
+                return Question(descent.incumbent, chunk, slopes=True)
+        if descent.trial is None and len(descent.losses) == len(self._order):
+            self._explore(descent)
+            return self._trial(descent, descent.trial) if descent.trial else None
         return None
 
-    def _solve(self, descent: _Descent, at: Choice, table: Floats) -> Choice | None:
+    def _trial(self, descent: _Descent, trial: _Trial) -> Question:
+        """The candidate on the latest chunk of the incumbent that it wasn't measured on."""
+        chunk = next(c for c in reversed(descent.losses) if c not in trial.asked)
+        trial.asked.append(chunk)
+        return Question(trial.choice, chunk)
+
+    def _challenge(self, descent: _Descent) -> None:
+        """Take a step on trust, or find the candidate of a trial."""
+        descent.fresh = False
+        while (found := self._propose(descent)) is not None:
+            choice, step = found
+            if choice.tobytes() in descent.rejected:
+                if descent.trust <= LEAST:
+                    return
+                self._shorten(descent, choice)
+            elif step.error >= TELLING * step.noise and descent.losses:
+                descent.trial = _Trial(choice, step)
+                return
+            else:
+                self._take(descent, choice, step)
+                return
+        self._promises(descent, 0.0)
+
+    def _explore(self, descent: _Descent) -> None:
+        """With all text used and no gain predicted: a trial under a table drawn from what is known."""
+        for _ in range(DRAWS if descent.failures < PATIENCE else 0):
+            trust = int(self._generator.integers(LEAST, TRUST + 1))
+            table = self._fields.draw(descent.incumbent, self._generator)
+            found = self._solve(descent, descent.incumbent, table, trust)
+            if found is None or np.array_equal(found, descent.incumbent):
+                continue
+            if found.tobytes() not in descent.rejected:
+                step = self._fields.step(descent.incumbent, found)
+                descent.trial = _Trial(found, step)
+                return
+
+    def _propose(self, descent: _Descent) -> tuple[Choice, Step] | None:
+        """The most promising step within the trusted changes; None where no gain is predicted."""
+        if descent.others:
+            choice = descent.others.pop(0)
+            return choice, self._fields.step(descent.incumbent, choice)
+        at: Choice = descent.incumbent
+        best: tuple[Choice, Step] | None = None
+        table = self._fields.around(at).table
+        for share in SHARES:
+            trust = max(LEAST, int(share * descent.trust))
+            found = self._solve(descent, at, table, trust)
+            if found is None or np.array_equal(found, at):
+                continue
+            step = self._fields.step(at, found)
+            if step.change < (best[1].change if best else 0.0):
+                best = found, step
+        descent.proposals += 1
+        if best is None or descent.proposals % NEIGHBOURLY == 0:
+            best = self._from_neighbours(descent) or best
+        return best
+
+    def _from_neighbours(self, descent: _Descent) -> tuple[Choice, Step] | None:
+        """The map that another budget's incumbent becomes when it has to fit into this one."""
+        best: tuple[Choice, Step] | None = None
+        for other in self._descents:
+            if other is descent or np.array_equal(other.incumbent, descent.incumbent):
+                continue
+            table = self._fields.around(other.incumbent).table
+            found = self._solve(descent, other.incumbent, table, len(self._rows))
+            if found is None or found.tobytes() in descent.rejected:
+                continue
+            if np.array_equal(found, descent.incumbent):
+                continue
+            step = self._fields.step(descent.incumbent, found)
+            if step.change < (best[1].change if best else 0.0):
+                best = found, step
+        return best
+
+    def _solve(self, descent: _Descent, at: Choice, table: Floats, trust: int) -> Choice | None:
         problem = self._problem
         changes = np.ones(problem.loss.shape, dtype=np.int64)
         changes[self._rows, at] = 0
         local = Problem(
-            table - table[self._rows, at][:, None],
+            np.where(problem.offered, table - table[self._rows, at][:, None], 0.0),
             {**problem.costs, CHANGES: changes}, problem.offered, problem.few, problem.names,
         )  # fmt: skip
-        limits = {
-            **self._setting.others,
-            self._setting.resource: descent.limit,
-            CHANGES: int(descent.trust),
-        }
+        limits = {**self._setting.others, self._setting.resource: descent.limit, CHANGES: trust}
         try:
             return solve(local, limits, GAP, SECONDS).choice.astype(np.intp)
         except SearchError:
             return None
 
-    def posterior(self, key: bytes) -> Posterior:
-        """Of the table around a measured map."""
-        record = self._records[key]
-        loss = record.loss
-        total = float(self._prior[self._rows, record.choice].sum())
-        prior = self._prior * (loss / max(total, 1e-300))
-        posterior = Posterior(prior, record.choice, loss, self._noise())
-        for other in self._records.values():
-            if other.slopes is not None:
-                count = len(other.losses)
-                posterior.slopes(Slopes(other.choice, other.slopes / count, other.loss, count))
-        for seen, level in self._differences:
-            ratio = loss / max(level, 1e-12)
-            if 0.5 < ratio < 2:
-                posterior.difference(
-                    Difference(
-                        seen.before, seen.after, seen.value * ratio, seen.variance * ratio**2
-                    )
-                )
-        return posterior
-
-    def _noise(self) -> float:
-        """Variance of slopes between chunks, of their squared curvature term: pooled over maps."""
-        spread = curvature = 0.0
-        for record in self._records.values():
-            count = len(record.losses)
-            if count < 2 or record.slopes is None or record.squares is None:
-                continue
-            own = self._prior[self._rows, record.choice]
-            scale = record.loss / max(float(own.sum()), 1e-300)
-            mean = record.slopes / count
-            spread += float((record.squares - count * mean**2).sum())
-            curvature += (count - 1) * float((((self._prior + own[:, None]) * scale) ** 2).sum())
-        return spread / curvature if curvature else 1.0
-
-    def _judge(self, descent: _Descent) -> None:
-        """Decide on the candidate, if what is measured suffices."""
-        assert descent.candidate is not None
-        challenger, incumbent = self._records[descent.candidate], self._records[descent.incumbent]
-        chunks = [
-            c
-            for c in descent.order[: descent.width]
-            if c in challenger.losses and c in incumbent.losses
-        ]
-        if not chunks:
+    def _judge(self, descent: _Descent, trial: _Trial) -> None:
+        """Decide by what was predicted and what was found, once both together are sure enough."""
+        step, count = trial.step, len(trial.losses)
+        pairs = [(trial.losses[c], descent.losses[c]) for c in trial.asked if c in trial.losses]
+        found = float(np.mean([np.log(max(new, 1e-9) / max(old, 1e-9)) for new, old in pairs]))
+        weights = step.error**-2, count * step.noise**-2
+        mean = (step.change * weights[0] + found * weights[1]) / sum(weights)
+        more = [c for c in descent.losses if c not in trial.asked]
+        if more and count < MOST and abs(mean) < CONFIDENCE * sum(weights) ** -0.5:
             return
-        found = np.array([challenger.losses[c] - incumbent.losses[c] for c in chunks])
-        mean, count = float(found.mean()), len(found)
-        rough = ROUGH * incumbent.loss
-        spread = max(float(found.std(ddof=1)), rough / 2) if count > 2 else rough
-        error = spread / np.sqrt(count)
-        whole = count == descent.width
-        better = mean < 0 and (
-            whole or (count >= ACCEPT_AFTER and mean + CONFIDENCE[1] * error < 0)
-        )
-        worse = mean - CONFIDENCE[0] * error > 0 or (whole and not better)
-        if not (better or worse):
+        descent.trial = None
+        better = mean < 0
+        self._promises(descent, mean)
+        self._note(descent, trial.choice, step, pairs, better=better)
+        if not better:
+            descent.failures += 1
+            descent.rejected.add(trial.choice.tobytes())
+            self._shorten(descent, trial.choice)
             return
-        difference = Difference(incumbent.choice, challenger.choice, mean, error**2)
-        self._differences.append((difference, incumbent.loss))
-        entry = compared(descent.limit, incumbent, challenger, chunks, better=better)
-        self.log.append({**entry, "error": error})
-        gain = max(0.0, -mean) / max(incumbent.loss, 1e-12) if better else 0.0
-        descent.merit = 0.5 * descent.merit + 0.5 * gain
-        if better:
-            descent.incumbent, descent.failures = descent.candidate, 0
-            descent.trust = min(descent.trust * MORE_TRUST, len(self._rows))
-            descent.tried.clear()
-        else:
-            self._failed(descent)
-        descent.candidate = None
+        if step.change < 0 and mean / step.change > GOOD:
+            self._lengthen(descent)
+        elif step.change < 0 and mean / step.change < BAD:
+            self._shorten(descent, trial.choice)
+        self._accept(descent, trial.choice)
+        descent.losses = trial.losses
 
-    def _failed(self, descent: _Descent, *, widen: bool = False) -> None:
-        descent.trust = max(LEAST_TRUST, descent.trust * LESS_TRUST)
-        descent.failures += 1
-        if not (widen or descent.failures >= PATIENCE):
-            return
-        if descent.width == self._setting.chunks and widen:
-            descent.done = True
-        descent.width = min(2 * descent.width, self._setting.chunks)
+    def _shorten(self, descent: _Descent, choice: Choice) -> None:
+        moved = float((choice != descent.incumbent).sum())
+        descent.trust = max(LEAST, SHORTER * min(moved, descent.trust))
+
+    def _lengthen(self, descent: _Descent) -> None:
+        descent.trust = min(descent.trust * LONGER, float(len(self._rows)))
+
+    @staticmethod
+    def _promises(descent: _Descent, change: float) -> None:
+        descent.promise = FORGET * descent.promise + (1 - FORGET) * max(0.0, -change)
+
+    def _take(self, descent: _Descent, choice: Choice, step: Step) -> None:
+        """A step on trust, if its gain is likely enough."""
+        if step.change < -SURE * step.error:
+            self._note(descent, choice, step, [], better=True)
+            self._promises(descent, step.change)
+            self._lengthen(descent)
+            self._accept(descent, choice)
+
+    def _accept(self, descent: _Descent, choice: Choice) -> None:
+        descent.incumbent, descent.losses, descent.sloped = choice, {}, set()
         descent.failures = 0
+        descent.rejected.clear()
+        descent.history.append(choice)
+
+    def _note(
+        self,
+        descent: _Descent,
+        choice: Choice,
+        step: Step,
+        pairs: list[tuple[float, float]],
+        *,
+        better: bool,
+    ) -> None:
+        """An entry of the log; steps on trust have neither `difference` nor `loss`."""
+        entry = {
+            "limit": float(descent.limit), "changes": float((choice != descent.incumbent).sum()),
+            "predicted": step.change, "predicted_error": step.error, "noise": step.noise,
+            "better": float(better), "chunks": float(len(pairs)),
+        }  # fmt: skip
+        if pairs:
+            new, old = np.array(pairs).T
+            error = step.noise * float(old.mean()) / np.sqrt(len(pairs))
+            entry |= {
+                "difference": float((new - old).mean()), "loss": float(old.mean()),
+                "error": float(error),
+            }  # fmt: skip
+        self.log.append(entry)
+
+
+def _key(question: Question) -> tuple[bytes, int, bool]:
+    return question.choice.tobytes(), question.chunk, question.slopes

@@ -76,7 +76,7 @@ def test_an_audit_of_fewer_maps_or_estimators_reuses_the_others(audited):
     run_audit(plan, store, InProcessPool, Silent(), OPTIONS)
 
 
-def test_searches_that_say_auto_take_the_winner(audited, tiny_folders, tmp_path):
+def test_searches_that_say_auto_take_the_winner_and_show_why(audited, tiny_folders, tmp_path):
     store, plan, job = audited
     auto = make_plan(small_config(tiny_folders("llama"), estimators=["auto"]))
     found = settled(auto, store)
@@ -97,6 +97,12 @@ def test_searches_that_say_auto_take_the_winner(audited, tiny_folders, tmp_path)
     searched = find_job(store, number)
     assert searched.facts["predicts"] == job.facts["audit"]["default"]
     assert searched.facts["estimators_because"] == found.because
+    latest = find_job(store, job.id).facts["audit"]  # other tests have audited again
+    assert searched.facts["evidence"] == {"job": job.id, **latest}
+    page = tmp_path / "search.html"
+    write_report(load_front(store, searched), page)
+    assert f"by the audit of job {job.id}" in page.read_text()
+    assert audit_remarks(job.facts["audit"])[0][:60] in page.read_text()
 
 
 def test_the_audit_is_shown(audited, tmp_path):
@@ -126,6 +132,11 @@ def test_experts_report_their_tokens(tiny_folders, tmp_path):
         assert sum(entry["tokens"]) == 2 * tokens  # two experts a token
         assert entry["few"] == sum(t < 64 for t in entry["tokens"])
     assert any("experts saw few tokens" in line for line in audit_remarks(job.facts["audit"]))
+    number = run_search(plan, store, InProcessPool, Silent())
+    searched = find_job(store, number)
+    assert [entry["unit"] for entry in searched.facts["experts"]] == kinds
+    findings = load_front(store, searched).findings
+    assert any("experts saw few tokens" in line for line in findings)
 
 
 def test_the_command(audited, bitfront_command):

@@ -5,7 +5,6 @@ import pytest
 
 from search.errors import SearchError
 from search.exact import sweep
-from search.posterior import Difference, Posterior, Slopes
 from search.problem import Problem
 from search.strategies import Setting, make_strategy
 from search.strategies.surrogate import best_of
@@ -37,7 +36,12 @@ class Model:
         jacobian = self.maps[chunk]
         own = self.errors[np.arange(UNITS), choice]
         gradient = jacobian.T @ jacobian @ own.sum(0) / np.exp(self.loss(choice, jacobian))
-        return (self.errors - own[:, None]) @ gradient
+        return self.errors @ gradient
+
+    def tell(self, strategy, question):
+        loss = self.loss(question.choice, self.maps[question.chunk])
+        slopes = self.slopes(question.choice, question.chunk) if question.slopes else None
+        strategy.tell(question, loss, slopes)
 
     def refine(self, questions, seed=0, strategy="refine"):
         starts = dict(zip(self.budgets, sweep(self.problem, "bits", self.budgets), strict=True))
@@ -49,8 +53,7 @@ class Model:
             question = refinement.ask()
             if question is None:
                 break
-            loss = self.loss(question.choice, self.maps[question.chunk])
-            refinement.tell(question, loss, self.slopes(question.choice, question.chunk))
+            self.tell(refinement, question)
         return refinement, {b: s.choice for b, s in starts.items()}
 
 
@@ -81,77 +84,18 @@ def test_many_questions_may_be_open_at_once():
     open_, seen = [], set()
     for _ in range(200):
         while len(open_) < 5 and (question := refinement.ask()):
-            key = (question.choice.tobytes(), question.chunk)
+            key = (question.choice.tobytes(), question.chunk, question.slopes)
             assert key not in seen
             seen.add(key)
             open_.append(question)
         if not open_:
             break
         question = open_.pop(int(rng.integers(len(open_))))
-        loss = model.loss(question.choice, model.maps[question.chunk])
-        refinement.tell(question, loss, model.slopes(question.choice, question.chunk))
+        model.tell(refinement, question)
     for budget in model.budgets:
         assert model.loss(refinement.best(budget), model.mean) < model.loss(
             starts[budget], model.mean
         )
-
-
-def dense(posterior):
-    """Mean and covariance of the table as one long vector, before differences."""
-    units, schemes = posterior.mean.shape
-    covariance = np.zeros((units * schemes, units * schemes))
-    for u, block in enumerate(posterior.covariance):
-        at = slice(u * schemes, (u + 1) * schemes)
-        covariance[at, at] = block
-    return posterior.mean.ravel(), covariance
-
-
-def test_the_posterior_is_that_of_the_textbook():
-    """Differences couple units: the small algebra against conditioning of the whole vector."""
-    rng = np.random.default_rng(0)
-    prior = rng.lognormal(0, 1, (7, 1)) * 4.0 ** -np.arange(4)
-    at, other = rng.integers(0, 4, (2, 7))
-    posterior = Posterior(prior, at, float(prior[np.arange(7), at].sum()), noise=0.1)
-    posterior.slopes(Slopes(at, 0.1 * rng.normal(size=(7, 4)), posterior.loss, 2))
-    mean, covariance = dense(posterior)
-    seen = [Difference(at, other, -0.3, 0.01), Difference(other, at[::-1], 0.2, 0.02)]
-    rows = np.zeros((2, 28))
-    for row, difference in zip(rows, seen, strict=True):
-        posterior.difference(difference)
-        np.add.at(row, np.arange(7) * 4 + difference.after, 1)
-        np.add.at(row, np.arange(7) * 4 + difference.before, -1)
-    noise = [d.variance + posterior._additivity(d) for d in seen]
-    gain = covariance @ rows.T @ np.linalg.inv(rows @ covariance @ rows.T + np.diag(noise))
-    expected = mean + gain @ (np.array([d.value for d in seen]) - rows @ mean)
-    assert posterior.table().ravel() == pytest.approx(expected, abs=1e-9)
-    drawn = np.array([posterior.draw(rng).ravel() for _ in range(4000)])
-    spread = covariance - gain @ rows @ covariance
-    assert np.diag(np.cov(drawn.T)) == pytest.approx(np.diag(spread), rel=0.15)
-
-
-def test_slopes_of_a_quadratic_loss_without_noise_are_learned():
-    """Entries that the prior gets wrong by cross terms come out nearer to the truth."""
-    model = Model(2)
-    at = np.full(UNITS, 1)
-    rows = np.arange(UNITS)
-    loss = model.loss(at, model.maps[0])
-    prior = model.problem.loss * loss / model.problem.loss[rows, at].sum()
-    before = Posterior(prior, at, loss, noise=1e-6)
-    after = Posterior(prior, at, loss, noise=1e-6)
-    after.slopes(Slopes(at, model.slopes(at, 0), loss, 1))
-
-    def errors(posterior):
-        table = posterior.table()
-        found = []
-        for u in range(UNITS):
-            for s in (0, 2, 3):
-                changed = at.copy()
-                changed[u] = s
-                true = model.loss(changed, model.maps[0]) - loss
-                found.append(table[u, s] - table[u, at[u]] - true)
-        return np.abs(found).mean()
-
-    assert errors(after) < 0.7 * errors(before)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,266 @@
+"""`bitfront bench allocators`: maps that different allocators chose, compared at equal bytes.
+
+One quantizer for all, the same text, each difference paired by chunk. Beside the given maps stand the
+null (random maps of the same bytes) and the control that mixed precision must beat to be worth it:
+uniform maps of finer groups that cost as much. Measurements are kept in the store like all others.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from bitfront.config import ConfigError, load_config
+from bitfront.console import errors, print_json, print_table
+from bitfront.pipeline import measure, spec_of
+from bitfront.plan import Plan, make_plan
+from bitfront.progress import Lines, Progress, RichProgress
+from bitfront.run import Run
+from bitfront.searching import open_pool
+from cost_models import weight_bytes
+from evaluation.texts import Text, TextRequest, consecutive
+from quantization.checkpoints import load_tokenizer
+from quantization.errors import BitfrontError
+from search.controls import random_at, uniform
+from search.problem import Choice
+from search.statistics import Interval, mean_interval, paired_difference
+from store.database import Store
+from store.queries import measurements
+from store.tables import Candidate, Job
+from workers.pool import Task
+
+SCALE_BITS = 16
+NEAR = 0.2  # bits that a control may lie below its budget
+SLACK = 1e-4  # bits that a map may lie above its budget: files round
+NULL, CONTROL, GIVEN = "random", "uniform", "given"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What to compare, and on what.
+
+    Args:
+        maps: files of linear name -> bits, as other tools write them.
+        budgets: average bits, scales included; a map competes at the lowest one that it is within.
+        group: weights that share a scale.
+        finer: group sizes of the uniform controls.
+        random: null maps at each budget.
+    """
+
+    model: str
+    text: str
+    maps: tuple[Path, ...]
+    budgets: tuple[float, ...]
+    chunks: int = 24
+    length: int = 512
+    quantizer: str = "rtn"
+    calibration: str | None = None
+    bits: tuple[int, ...] = (2, 3, 4, 6, 8)
+    group: int = 64
+    finer: tuple[int, ...] = (32, 16)
+    random: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A competitor at a budget, measured.
+
+    Args:
+        kl: nats per token, with 95 % interval over chunks.
+        over_best: its KL less that of the best given map at the budget, in pairs.
+    """
+
+    budget: float
+    name: str
+    kind: str
+    average_bits: float
+    kl: Interval
+    over_best: Interval | None
+
+
+def run(contest: Contest, store: Store, address: str, as_json: bool) -> None:
+    """Compare, and print the leaderboard."""
+    with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
+        entries = compare(contest, store, address, progress)
+    if as_json:
+        print_json(leaderboard_json(contest, entries))
+    else:
+        print_table(leaderboard(contest, entries))
+
+
+def compare(contest: Contest, store: Store, address: str, progress: Progress) -> list[Entry]:
+    """Measure all competitors; entries by budget, best first.
+
+    Raises:
+        BitfrontError: a map that isn't this model's, or that is above all budgets.
+    """
+    plan = _plan(contest)
+    size = TextRequest(contest.text, contest.chunks, contest.length)
+    text = consecutive(load_tokenizer(plan.checkpoint), size)
+    competitors = _competitors(contest, plan)
+    spec = spec_of(plan, os.environ.get("BITFRONT_CACHE"))
+    candidates = {plan.map_hash(c): _candidate(plan, c) for *_, c in competitors}
+    with open_pool(spec, address, None) as pool:
+        for outcome in pool.run([Task("prepare")]):
+            if outcome.error:
+                raise outcome.error
+        job = Job(key=plan.key, weights_hash=plan.checkpoint.weights_hash, config={}, facts={})
+        run = Run(plan, store, pool, progress, job)
+        measure(run, list(candidates.values()), text, "measuring maps")
+    if failed := next((c.failure for c in candidates.values() if c.failure), None):
+        raise BitfrontError(failed)
+    return _entries(run, text, competitors)
+
+
+def _plan(contest: Contest) -> Plan:
+    """A job whose menu has the maps' formats and the controls'."""
+    menu = [f"int{b}-g{contest.group}" for b in contest.bits]
+    finer = [(b, group) for b in contest.bits for group in contest.finer]
+    menu += [f"int{b}-g{g}" for b, g in finer if _budget_near(contest, b + SCALE_BITS / g)]
+    small = {"source": contest.calibration or contest.text, "chunks": 32, "length": contest.length}
+    overrides: dict[str, Any] = {
+        "menu": ",".join(menu), "quantizer": contest.quantizer, "budgets": list(contest.budgets),
+        "texts.calibration": small,
+    }  # fmt: skip
+    return make_plan(load_config(contest.model, None, overrides))
+
+
+def _budget_near(contest: Contest, bits: float) -> float | None:
+    """The budget that a uniform map of so many bits is the control of."""
+    return next((b for b in sorted(contest.budgets) if b - NEAR < bits <= b + SLACK), None)
+
+
+def _competitors(contest: Contest, plan: Plan) -> list[tuple[float, str, str, Choice]]:
+    """Budget, name, kind and map of each."""
+    found = []
+    columns = {scheme.weight: c for c, scheme in enumerate(plan.menu)}
+    for path in contest.maps:
+        choice = _read(path, plan, contest, columns)
+        bits = plan.average_bits(choice)
+        within = [budget for budget in sorted(contest.budgets) if bits <= budget + SLACK]
+        if not within:
+            raise BitfrontError(
+                f"{path} has {bits:.4f} average bits, more than the largest of --bits "
+                f"({max(contest.budgets):g}); give a larger one"
+            )
+        found.append((within[0], path.stem, GIVEN, choice))
+    own = [f"int{b}-g{contest.group}" for b in contest.bits]
+    offered = plan.offered.copy()
+    foreign = np.array([scheme.weight not in own for scheme in plan.menu])
+    offered[plan.open_units[:, None] & foreign] = False
+    whole = plan.problem(np.zeros(plan.offered.shape))
+    problem = replace(whole, offered=offered)
+    for scheme, column in columns.items():
+        flat = uniform(whole, column)
+        near = None if flat is None else _budget_near(contest, plan.average_bits(flat))
+        if flat is not None and near is not None:
+            found.append((near, f"uniform {scheme}", CONTROL, flat))
+    for budget, limit in zip(sorted(contest.budgets), plan.budgets, strict=True):
+        for n in range(contest.random):
+            generator = np.random.default_rng([contest.seed, n, limit])
+            choice = random_at(problem, weight_bytes.RESOURCE, limit - plan.other_bytes, generator)
+            found.append((budget, f"random {n + 1}", NULL, choice))
+    return found
+
+
+def _read(path: Path, plan: Plan, contest: Contest, columns: dict[str, int]) -> Choice:
+    """A file of linear name -> bits as a choice."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        bits = {str(name): int(value) for name, value in given.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise BitfrontError(f"{path} is no map of linear name -> bits: {error}") from error
+    choice = plan.offered.argmax(axis=1).astype(np.intp)
+    for u in np.flatnonzero(plan.open_units):
+        names = [site.name.removesuffix(".weight") for site in plan.layout.units[u].sites]
+        if missing := [name for name in names if name not in bits]:
+            raise BitfrontError(f"{path} says nothing of {missing[0]}; every linear needs bits")
+        if len({bits[name] for name in names}) > 1:
+            raise BitfrontError(
+                f"{path} gives {' and '.join(names)} different bits, but engines load them fused"
+            )
+        column = columns.get(f"int{bits[names[0]]}-g{contest.group}")
+        if column is None:
+            raise ConfigError(
+                f"{path}: {bits[names[0]]} bits at {names[0]} are outside the menu "
+                f"{', '.join(map(str, contest.bits))}"
+            )
+        choice[u] = column
+    return choice
+
+
+def _candidate(plan: Plan, choice: Choice) -> Candidate:
+    return Candidate(
+        job_id=0, point=0, map_hash=plan.map_hash(choice), origin="", control=None,
+        schemes=[scheme.name for scheme in plan.schemes(choice)],
+        weight_bytes=plan.weight_bytes(choice), average_bits=plan.average_bits(choice),
+        finalist=False, failure=None,
+    )  # fmt: skip
+
+
+def _entries(
+    run: Run, text: Text, competitors: Sequence[tuple[float, str, str, Choice]]
+) -> list[Entry]:
+    keys = {
+        run.quality.of(run.plan.map_hash(c), chunk): None
+        for *_, c in competitors
+        for chunk in text.hashes
+    }
+    known = measurements(run.store, list(keys))
+
+    def sums(choice: Choice) -> NDArray[np.float64]:
+        name = run.plan.map_hash(choice)
+        return np.array([known[run.quality.of(name, chunk)].kl_sum for chunk in text.hashes])
+
+    tokens = np.full(len(text.hashes), text.ids.shape[1] - 1.0)
+    entries = []
+    for budget in sorted({budget for budget, *_ in competitors}):
+        rows = [(n, k, c, sums(c)) for b, n, k, c in competitors if b == budget]
+        given = [row for row in rows if row[1] == GIVEN]
+        best = min(given, key=lambda row: row[3].sum(), default=None)
+        for name, kind, choice, found in sorted(rows, key=lambda row: float(row[3].sum())):
+            over = None
+            if best is not None and name != best[0]:
+                over = paired_difference(found, best[3], tokens)
+            bits = run.plan.average_bits(choice)
+            entries.append(Entry(budget, name, kind, bits, mean_interval(found, tokens), over))
+    return entries
+
+
+def leaderboard(contest: Contest, entries: Sequence[Entry]) -> Table:
+    """The entries for people."""
+    table = Table(
+        title=f"Allocators at equal bytes: {contest.model}, {contest.quantizer}, "
+        f"groups of {contest.group}, {contest.chunks} x {contest.length} tokens of {contest.text}",
+        caption="95 % intervals over chunks; differences to the budget's best given map are paired.",
+        title_justify="left", caption_justify="left",
+    )  # fmt: skip
+    for name in ("at most", "map", "bits", "KL, nats/token (95 %)", "over the best (95 %)"):
+        table.add_column(name, justify="left" if name == "map" else "right")
+    last = None
+    for entry in entries:
+        if last is not None and entry.budget != last:
+            table.add_section()
+        over = entry.over_best
+        table.add_row(
+            "" if entry.budget == last else f"{entry.budget:g}", entry.name,
+            f"{entry.average_bits:.4f}",
+            f"{entry.kl.mean:.4f} ({entry.kl.low:.4f} to {entry.kl.high:.4f})",
+            f"{over.mean:+.4f} ({over.low:+.4f} to {over.high:+.4f})" if over else "best",
+            style=None if entry.kind == GIVEN else "dim",
+        )  # fmt: skip
+        last = entry.budget
+    return table
+
+
+def leaderboard_json(contest: Contest, entries: Sequence[Entry]) -> dict[str, Any]:
+    """The entries for programs."""
+    setting = {k: v for k, v in asdict(contest).items() if k != "maps"}
+    return {"setting": setting, "entries": [asdict(entry) for entry in entries]}

@@ -9,6 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
+from bitfront.options import (
+    BUDGETS,
+    AddressOption,
+    JobArgument,
+    JsonOption,
+    StoreOption,
+    WorkersOption,
+    bytes_of,
+    numbers_of,
+    open_store,
+    sizes_of,
+)
 from quantization.errors import BitfrontError
 from search.errors import SearchError
 from store.errors import StoreError
@@ -24,18 +36,6 @@ database = typer.Typer(help="The store's schema.", no_args_is_help=True)
 benches = typer.Typer(help="Comparisons with others.", no_args_is_help=True)
 app.add_typer(database, name="db")
 app.add_typer(benches, name="bench")
-
-JobArgument = Annotated[int | None, typer.Argument(metavar="[JOB]", help="Default: the latest.")]
-StoreOption = Annotated[
-    str | None,
-    typer.Option("--store", metavar="URL", help="SQLAlchemy URL. Default: $BITFRONT_STORE."),
-]
-AddressOption = Annotated[
-    str, typer.Option(help="Ray cluster's address; 'local' starts one, 'none' uses no Ray.")
-]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="How many model replicas.")]
-BUDGETS = "3.25,3.5,3.75,4.25,4.75,5.25"
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -132,8 +132,8 @@ def search(
     sources = {"calibration": calibration_text, "search": search_text, "heldout": heldout_text}
     overrides: dict[str, Any] = {
         "menu": menu,
-        "budgets": _numbers(bits),
-        "budgets_bytes": _sizes(max_size),
+        "budgets": numbers_of(bits),
+        "budgets_bytes": sizes_of(max_size),
         "revision": revision,
         "trust_remote_code": trust_remote_code or None,
         "quantizer": quantizer,
@@ -152,7 +152,7 @@ def search(
     if dry_run:
         print_plan(job, as_json)
     else:
-        run(job, _open(store), address, workers, as_json)
+        run(job, open_store(store), address, workers, as_json)
 
 
 @app.command()
@@ -185,7 +185,7 @@ def audit(
     from bitfront.auditing import AuditOptions
     from bitfront.searching import audit as run
 
-    ends = _numbers(between)
+    ends = numbers_of(between)
     if ends is not None and len(ends) != 2:
         raise BitfrontError(f"--between takes two numbers such as 3,5, not '{between}'")
     options = AuditOptions(
@@ -195,9 +195,9 @@ def audit(
         flips,
         pairs,
         (ends[0], ends[1]) if ends else None,
-        tuple(_numbers(equal_bits) or ()),
+        tuple(numbers_of(equal_bits) or ()),
     )
-    run(_open(store), job, options, address, workers, as_json)
+    run(open_store(store), job, options, address, workers, as_json)
 
 
 @app.command()
@@ -214,7 +214,7 @@ def front(
     from bitfront.fronts import load_front
     from store.queries import find_job
 
-    opened = _open(store)
+    opened = open_store(store)
     found = load_front(opened, find_job(opened, job))
     if html:
         from bitfront.report import write_report
@@ -249,12 +249,12 @@ def query(
     from bitfront.querying import run_query
 
     limits = {
-        "weight_bytes": _bytes(max_size) if max_size else None,
+        "weight_bytes": bytes_of(max_size) if max_size else None,
         "average_bits": max_bits,
         "kl": max_kl,
-        "memory_bytes": _bytes(max_memory) if max_memory else None,
+        "memory_bytes": bytes_of(max_memory) if max_memory else None,
     }
-    run_query(_open(store), job, limits, batch, context, as_json)
+    run_query(open_store(store), job, limits, batch, context, as_json)
 
 
 @app.command()
@@ -274,7 +274,7 @@ def export(
     from bitfront.sizes import show_bytes
     from store.queries import find_job
 
-    opened = _open(store)
+    opened = open_store(store)
     found = load_front(opened, find_job(opened, job))
     written = export_point(opened, found, point, to, output, force)
     if as_json:
@@ -294,7 +294,7 @@ def jobs(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the jobs of the store, newest first."""
     from bitfront.querying import show_jobs
 
-    show_jobs(_open(store), as_json)
+    show_jobs(open_store(store), as_json)
 
 
 @app.command()
@@ -356,33 +356,10 @@ def bench_allocators(
     from bitfront.allocators import Contest, run
 
     contest = Contest(
-        model, text, tuple(maps), tuple(_numbers(bits) or ()), chunks, length, quantizer,
+        model, text, tuple(maps), tuple(numbers_of(bits) or ()), chunks, length, quantizer,
         calibration_text, random=random,
     )  # fmt: skip
-    run(contest, _open(store), address, as_json)
-
-
-def _open(url: str | None) -> Any:
-    from store.database import Store, default_url
-
-    return Store(url or default_url()).open()
-
-
-def _bytes(text: str) -> int:
-    from bitfront.sizes import parse_bytes
-
-    return parse_bytes(text)
-
-
-def _sizes(text: str | None) -> list[int] | None:
-    return [_bytes(part) for part in text.split(",")] if text else None
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return [float(part) for part in text.split(",")] if text else None
-    except ValueError:
-        raise BitfrontError(f"'{text}' is not a list of numbers such as 3.5,4.25") from None
+    run(contest, open_store(store), address, as_json)
 
 
 def main() -> None:

@@ -1,0 +1,46 @@
+"""Options that several commands take, and how their texts are read."""
+
+from typing import Annotated, Any
+
+import typer
+
+from quantization.errors import BitfrontError
+
+JobArgument = Annotated[int | None, typer.Argument(metavar="[JOB]", help="Default: the latest.")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", metavar="URL", help="SQLAlchemy URL. Default: $BITFRONT_STORE."),
+]
+AddressOption = Annotated[
+    str, typer.Option(help="Ray cluster's address; 'local' starts one, 'none' uses no Ray.")
+]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="How many model replicas.")]
+BUDGETS = "3.25,3.5,3.75,4.25,4.75,5.25"
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def bytes_of(text: str) -> int:
+    """A size such as 80MB in bytes."""
+    from bitfront.sizes import parse_bytes
+
+    return parse_bytes(text)
+
+
+def sizes_of(text: str | None) -> list[int] | None:
+    """Sizes, comma-separated."""
+    return [bytes_of(part) for part in text.split(",")] if text else None
+
+
+def numbers_of(text: str | None) -> list[float] | None:
+    """Numbers, comma-separated; BitfrontError where they are none."""
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise BitfrontError(f"'{text}' is not a list of numbers such as 3.5,4.25") from None
+
+
+def open_store(url: str | None) -> Any:
+    """The store at an address, its schema checked."""
+    from store.database import Store, default_url
+
+    return Store(url or default_url()).open()

@@ -1,5 +1,7 @@
 r"""Track B: the whole menu plays. The same bytes, any weight format of ours, under GPTQ.
 
+A draft: no figure of it is recorded, and it has not been run to its end yet.
+
 One search over formats and units from one text; on another text its maps meet, at equal bytes,
 uniform GPTQ in groups of 64 and 32 and the maps that other allocators chose (integers in groups of
 64), all quantized by our GPTQ from the same calibration text.

@@ -112,11 +112,11 @@ def compare(contest: Contest, store: Store, address: str, progress: Progress) ->
             if outcome.error:
                 raise outcome.error
         job = Job(key=plan.key, weights_hash=plan.checkpoint.weights_hash, config={}, facts={})
-        run = Run(plan, store, pool, progress, job)
-        measure(run, list(candidates.values()), text, "measuring maps")
+        bench = Run(plan, store, pool, progress, job)
+        measure(bench, list(candidates.values()), text, "measuring maps")
     if failed := next((c.failure for c in candidates.values() if c.failure), None):
         raise BitfrontError(failed)
-    return _entries(run, text, competitors)
+    return _entries(bench, text, competitors)
 
 
 def _plan(contest: Contest) -> Plan:
@@ -208,12 +208,9 @@ def _candidate(plan: Plan, choice: Choice) -> Candidate:
 def _entries(
     run: Run, text: Text, competitors: Sequence[tuple[float, str, str, Choice]]
 ) -> list[Entry]:
-    keys = {
-        run.quality.of(run.plan.map_hash(c), chunk): None
-        for *_, c in competitors
-        for chunk in text.hashes
-    }
-    known = measurements(run.store, list(keys))
+    maps = {run.plan.map_hash(choice) for *_, choice in competitors}
+    keys = [run.quality.of(name, chunk) for name in maps for chunk in text.hashes]
+    known = measurements(run.store, keys)
 
     def sums(choice: Choice) -> NDArray[np.float64]:
         name = run.plan.map_hash(choice)
@@ -227,7 +224,7 @@ def _entries(
         best = min(given, key=lambda row: row[3].sum(), default=None)
         for name, kind, choice, found in sorted(rows, key=lambda row: float(row[3].sum())):
             over = None
-            if best is not None and name != best[0]:
+            if best is not None and choice is not best[2]:
                 over = paired_difference(found, best[3], tokens)
             bits = run.plan.average_bits(choice)
             entries.append(Entry(budget, name, kind, bits, mean_interval(found, tokens), over))

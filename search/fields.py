@@ -88,7 +88,6 @@ class Fields:
         self._own: list[Floats] = []  # N x E, sqrt(f) at own entries
         self._distance = np.zeros((0, 0))  # N x N, -log rho
         self._parameters = START.copy()
-        self._delta = np.zeros(len(self._entries))
         self._fitted = 0
 
     def __len__(self) -> int:
@@ -142,9 +141,7 @@ class Fields:
             self._weights = self._inverse @ (given - 2 * kappa * own * (1 + self._delta))
             left = given - 2 * kappa * own - signal @ self._weights
             told = 2 * kappa * own / variance[:, None]
-            self._delta = (told * left * (own > 0)).sum(0) / (
-                (told * 2 * kappa * own).sum(0) + DELTA**-2
-            )
+            self._delta = (told * left).sum(0) / ((told * 2 * kappa * own).sum(0) + DELTA**-2)
 
     def around(self, choice: Choice) -> Local:
         """The table around a map, given all observations; there must be one."""

@@ -20,9 +20,8 @@ from evaluation.assembly import AssembledModel
 from evaluation.evaluator import Evaluator, Measurement
 from evaluation.passes import Passes
 from quantization.schemes import Scheme
-from quantization.units import Site
 from sensitivity.base import Floats, Share
-from sensitivity.weight_gradients import SLICE, WeightGradient
+from sensitivity.weight_gradients import WeightGradient
 
 
 @dataclass(frozen=True)
@@ -95,33 +94,6 @@ class _KLGradient(WeightGradient):
         with torch.no_grad():
             q_TH = passes.blocks.finish(passes.ids[0], passes.states[-1][0])
         self.loss = self._evaluator.loss(self._p_TH, q_TH, self._ids)
-
-    def _contracted(
-        self,
-        model: AssembledModel,
-        u: int,
-        site: Site,
-        schemes: Sequence[Scheme],
-        gradients: Sequence[Tensor],
-    ) -> Tensor:
-        """E x S x 1: each scheme's weights are read once, and errors never written."""
-        bank, unit = model.bank, model.bank.layout.units[u]
-        [gradient] = gradients
-        reference = bank.reference(unit)[site.parameter].to(model.device)
-        experts = len(reference) if reference.dim() == 3 else 1
-        shape = (experts, reference.shape[-2], -1)
-        given, exact = gradient.reshape(shape), reference.reshape(shape)
-        borrowed = [bank.borrow(unit, scheme, site.parameter) for scheme in schemes]
-        shipped = [tensor.to(model.device).reshape(shape) for tensor in borrowed]
-        found = torch.zeros(experts, len(schemes), 1, dtype=torch.float64, device=model.device)
-        step = max(1, SLICE // reference.shape[-1])
-        for e in range(experts):
-            for r in range(0, reference.shape[-2], step):
-                part = e, slice(r, r + step)
-                g, w = given[part].float().flatten(), exact[part].float()
-                for s, weights in enumerate(shipped):
-                    found[e, s] += torch.dot((weights[part].float() - w).flatten(), g)
-        return found.cpu()
 
     def contract(self, errors_SRC: Tensor, gradients_PRC: Tensor) -> Tensor:
         """Inner products."""

@@ -1,5 +1,7 @@
 """Intel AutoRound's AutoScheme as an allocator: maps in Track A's form.
 
+A draft: no figure of it is recorded, and it has not been run to its end yet.
+
 In an environment of its own:
 
     python -m venv AR && AR/bin/pip install auto-round transformers accelerate torch

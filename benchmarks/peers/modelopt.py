@@ -1,5 +1,7 @@
 """NVIDIA Model-Optimizer's AutoQuantize as an allocator: maps in Track A's form, by its own scoring.
 
+A draft: no figure of it is recorded, and it has not been run to its end yet.
+
 In an environment of its own:
 
     python -m venv MO && MO/bin/pip install nvidia-modelopt transformers accelerate torch

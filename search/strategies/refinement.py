@@ -10,6 +10,7 @@ predictions, as at high bits, the step is taken on trust and corrected by the ne
 With one question at a time it is deterministic.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -180,17 +181,10 @@ class Refinement(Strategy):
         if descent.others:
             choice = descent.others.pop(0)
             return choice, self._fields.step(descent.incumbent, choice)
-        at: Choice = descent.incumbent
-        best: tuple[Choice, Step] | None = None
-        table = self._fields.around(at).table
-        for share in SHARES:
-            trust = max(LEAST, int(share * descent.trust))
-            found = self._solve(descent, at, table, trust)
-            if found is None or np.array_equal(found, at):
-                continue
-            step = self._fields.step(at, found)
-            if step.change < (best[1].change if best else 0.0):
-                best = found, step
+        table = self._fields.around(descent.incumbent).table
+        trusts = [max(LEAST, int(share * descent.trust)) for share in SHARES]
+        choices = [self._solve(descent, descent.incumbent, table, trust) for trust in trusts]
+        best = self._most_promising(descent, choices)
         descent.proposals += 1
         if best is None or descent.proposals % NEIGHBOURLY == 0:
             best = self._from_neighbours(descent) or best
@@ -198,20 +192,22 @@ class Refinement(Strategy):
 
     def _from_neighbours(self, descent: _Descent) -> tuple[Choice, Step] | None:
         """The map that another budget's incumbent becomes when it has to fit into this one."""
-        best: tuple[Choice, Step] | None = None
+        choices = []
         for other in self._descents:
-            if other is descent or np.array_equal(other.incumbent, descent.incumbent):
-                continue
-            table = self._fields.around(other.incumbent).table
-            found = self._solve(descent, other.incumbent, table, len(self._rows))
-            if found is None or found.tobytes() in descent.rejected:
-                continue
-            if np.array_equal(found, descent.incumbent):
-                continue
-            step = self._fields.step(descent.incumbent, found)
-            if step.change < (best[1].change if best else 0.0):
-                best = found, step
-        return best
+            if not np.array_equal(other.incumbent, descent.incumbent):
+                table = self._fields.around(other.incumbent).table
+                choices.append(self._solve(descent, other.incumbent, table, len(self._rows)))
+        new = [c for c in choices if c is not None and c.tobytes() not in descent.rejected]
+        return self._most_promising(descent, new)
+
+    def _most_promising(
+        self, descent: _Descent, choices: Sequence[Choice | None]
+    ) -> tuple[Choice, Step] | None:
+        at = descent.incumbent
+        new = [c for c in choices if c is not None and not np.array_equal(c, at)]
+        steps = [(choice, self._fields.step(at, choice)) for choice in new]
+        best = min(steps, key=lambda found: found[1].change, default=None)
+        return best if best and best[1].change < 0 else None
 
     def _solve(self, descent: _Descent, at: Choice, table: Floats, trust: int) -> Choice | None:
         problem = self._problem

@@ -1,6 +1,7 @@
 """`bitfront bench allocators`: maps that different allocators chose, compared at equal bytes.
 
-One quantizer for all, the same text, each difference paired by chunk. Beside the given maps stand the
+One quantizer for all, the same text, each difference paired by chunk. A map says bits, in groups of one
+size, or names a format for each linear, so that whole menus can meet. Beside the given maps stand the
 null (random maps of the same bytes) and the control that mixed precision must beat to be worth it:
 uniform maps of finer groups that cost as much. Measurements are kept in the store like all others.
 """
@@ -46,7 +47,7 @@ class Contest:
     """What to compare, and on what.
 
     Args:
-        maps: files of linear name -> bits, as other tools write them.
+        maps: files of linear name -> bits, as other tools write them, or format.
         budgets: average bits, scales included; a map competes at the lowest one that it is within.
         group: weights that share a scale.
         finer: group sizes of the uniform controls.
@@ -101,10 +102,11 @@ def compare(contest: Contest, store: Store, address: str, progress: Progress) ->
     Raises:
         BitfrontError: a map that isn't this model's, or that is above all budgets.
     """
-    plan = _plan(contest)
+    maps = {path: _read(path, contest) for path in contest.maps}
+    plan = _plan(contest, [format for given in maps.values() for format in given.values()])
     size = TextRequest(contest.text, contest.chunks, contest.length)
     text = consecutive(load_tokenizer(plan.checkpoint), size)
-    competitors = _competitors(contest, plan)
+    competitors = _competitors(contest, plan, maps)
     spec = spec_of(plan, os.environ.get("BITFRONT_CACHE"))
     candidates = {plan.map_hash(c): _candidate(plan, c) for *_, c in competitors}
     with open_pool(spec, address, None) as pool:
@@ -119,14 +121,15 @@ def compare(contest: Contest, store: Store, address: str, progress: Progress) ->
     return _entries(bench, text, competitors)
 
 
-def _plan(contest: Contest) -> Plan:
-    """A job whose menu has the maps' formats and the controls'."""
+def _plan(contest: Contest, formats: Sequence[str]) -> Plan:
+    """A job whose menu has the maps' formats, the null's and the controls'."""
     menu = [f"int{b}-g{contest.group}" for b in contest.bits]
+    menu += sorted(set(formats) - set(menu))
     finer = [(b, group) for b in contest.bits for group in contest.finer]
     menu += [f"int{b}-g{g}" for b, g in finer if _budget_near(contest, b + SCALE_BITS / g)]
     small = {"source": contest.calibration or contest.text, "chunks": 32, "length": contest.length}
     overrides: dict[str, Any] = {
-        "menu": ",".join(menu), "quantizer": contest.quantizer, "budgets": list(contest.budgets),
+        "menu": ",".join(dict.fromkeys(menu)), "quantizer": contest.quantizer, "budgets": list(contest.budgets),
         "texts.calibration": small,
     }  # fmt: skip
     return make_plan(load_config(contest.model, None, overrides))
@@ -137,12 +140,14 @@ def _budget_near(contest: Contest, bits: float) -> float | None:
     return next((b for b in sorted(contest.budgets) if b - NEAR < bits <= b + SLACK), None)
 
 
-def _competitors(contest: Contest, plan: Plan) -> list[tuple[float, str, str, Choice]]:
+def _competitors(
+    contest: Contest, plan: Plan, maps: dict[Path, dict[str, str]]
+) -> list[tuple[float, str, str, Choice]]:
     """Budget, name, kind and map of each."""
     found = []
     columns = {scheme.weight: c for c, scheme in enumerate(plan.menu)}
-    for path in contest.maps:
-        choice = _read(path, plan, contest, columns)
+    for path, given in maps.items():
+        choice = _choice(path, given, plan, columns)
         bits = plan.average_bits(choice)
         within = [budget for budget in sorted(contest.budgets) if bits <= budget + SLACK]
         if not within:
@@ -170,29 +175,34 @@ def _competitors(contest: Contest, plan: Plan) -> list[tuple[float, str, str, Ch
     return found
 
 
-def _read(path: Path, plan: Plan, contest: Contest, columns: dict[str, int]) -> Choice:
-    """A file of linear name -> bits as a choice."""
+def _read(path: Path, contest: Contest) -> dict[str, str]:
+    """The format of each linear in a file of linear name -> bits or format."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-        bits = {str(name): int(value) for name, value in given.items()}
+        found = {n: x if isinstance(x, str) else int(x) for n, x in given.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise BitfrontError(f"{path} is no map of linear name -> bits: {error}") from error
+    for name, value in found.items():
+        if isinstance(value, int) and value not in contest.bits:
+            raise ConfigError(
+                f"{path}: {value} bits at {name} are outside the menu "
+                f"{', '.join(map(str, contest.bits))}"
+            )
+    return {n: x if isinstance(x, str) else f"int{x}-g{contest.group}" for n, x in found.items()}
+
+
+def _choice(path: Path, given: dict[str, str], plan: Plan, columns: dict[str, int]) -> Choice:
+    """A map as a choice."""
     choice = plan.offered.argmax(axis=1).astype(np.intp)
     for u in np.flatnonzero(plan.open_units):
         names = [site.name.removesuffix(".weight") for site in plan.layout.units[u].sites]
-        if missing := [name for name in names if name not in bits]:
+        if missing := [name for name in names if name not in given]:
             raise BitfrontError(f"{path} says nothing of {missing[0]}; every linear needs bits")
-        if len({bits[name] for name in names}) > 1:
+        if len({given[name] for name in names}) > 1:
             raise BitfrontError(
                 f"{path} gives {' and '.join(names)} different bits, but engines load them fused"
             )
-        column = columns.get(f"int{bits[names[0]]}-g{contest.group}")
-        if column is None:
-            raise ConfigError(
-                f"{path}: {bits[names[0]]} bits at {names[0]} are outside the menu "
-                f"{', '.join(map(str, contest.bits))}"
-            )
-        choice[u] = column
+        choice[u] = columns[given[names[0]]]
     return choice
 
 

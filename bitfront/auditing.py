@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bitfront.config import ConfigError
 from bitfront.fronts import losses
+from bitfront.interacting import measured_pairs
 from bitfront.pipeline import (
     BANK,
     BANK_WEIGHT,
@@ -37,12 +38,11 @@ from search.problem import Problem
 from search.statistics import Interval
 from sensitivity import ESTIMATORS
 from store.database import Store
-from store.queries import key_of, update_job
+from store.queries import update_job
 from store.tables import Candidate, Job, now
 from workers.pool import Task
 
 MEASURED = "random maps on the search text"
-PAIRS = "pairs of units"
 REFERENCE = "reference"
 RANGE = (0.15, 0.6)  # of the way from the smallest to the largest uniform map
 NEAR = 10  # a tenth as many exchanges as units
@@ -252,39 +252,12 @@ def _measured(run: Run, drawn: Sequence[Drawn]) -> Maps:
 
 
 def _interactions(run: Run, scores: Scores, count: int) -> dict[str, Any] | None:
-    """Pairwise terms of the units that an estimator fears most for, at the two smallest schemes.
-
-    Only units inside the blocks that can get both. Those of an earlier audit serve again.
-    """
-    if count < 2:
+    """Pairwise terms of the units that an estimator fears most for, at the two smallest schemes."""
+    found = measured_pairs(run, scores.mean, count) if count > 1 else None
+    if found is None:
         return None
-    plan = run.plan
-    maps = {c: plan.weight_bytes(u) for c, u in _uniforms(plan).items()}
-    columns = sorted((c for c in maps if plan.menu[c].weight != "bf16"), key=maps.__getitem__)[:2]
-    inside = np.array([unit.layer is not None for unit in plan.layout.units])
-    able = np.flatnonzero(plan.offered[:, columns].all(axis=1) & inside & plan.open_units)
-    fear = np.nan_to_num(scores.mean[able][:, columns].max(axis=1))
-    units = tuple(int(u) for u in able[np.argsort(-fear)][:count])
-    if len(units) < 2 or not columns:
-        return None
-    arguments = {
-        "units": units,
-        "schemes": tuple(plan.menu[c].name for c in columns),
-        "chunks": plan.texts["calibration"].ids[:1],
-    }
-    key = key_of(*arguments["units"], *arguments["schemes"], plan.texts["calibration"].hashes[0])
-    known = run.job.facts.get("audit", {}).get("interactions")
-    if known and known["key"] == key:
-        return dict(known)
-    with run.progress.stage(PAIRS, 1, ESTIMATE_WEIGHT) as advance:
-        [outcome] = run.pool.run([Task("interactions", arguments)])
-        advance(1)
-    if outcome.error:
-        raise outcome.error
-    found = outcome.value
     return {
-        "key": key,
-        "units": [plan.layout.units[u].name for u in found.units],
+        "units": [run.plan.layout.units[u].name for u in found.units],
         "schemes": list(found.schemes),
         "tokens": found.tokens,
         "singles": found.singles.tolist(),

@@ -17,6 +17,7 @@ from bitfront.options import (
     StoreOption,
     WorkersOption,
     bytes_of,
+    keep_stdout_for_results,
     numbers_of,
     open_store,
     sizes_of,
@@ -115,6 +116,9 @@ def search(
     minutes: Annotated[
         float | None, typer.Option(help="Refine for so long at most; 0.5 or more.", min=0.5)
     ] = None,
+    interactions: Annotated[
+        int | None, typer.Option(help="Units whose pairs are measured where sums predict badly.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of random controls and refinement.")] = None,
     address: AddressOption = "local",
     workers: WorkersOption = None,
@@ -145,6 +149,7 @@ def search(
         "refinement.measurements": refine,
         "refinement.strategy": strategy,
         "refinement.minutes": minutes,
+        "interactions": interactions,
         "seed": seed,
         **{f"texts.{role}.source": source or text for role, source in sources.items()},
     }
@@ -336,7 +341,7 @@ def upgrade(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 @benches.command("allocators")
 def bench_allocators(
-    maps: Annotated[list[Path], typer.Argument(help="Files of linear name -> bits.")],
+    maps: Annotated[list[Path], typer.Argument(help="Files of linear name -> bits or format.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or 'demo'.")] = "demo",
     text: Annotated[str, typer.Option(help="A file to measure on.")] = "python-docs",
     bits: Annotated[str, typer.Option(help="Budgets that maps compete at.")] = BUDGETS,
@@ -351,7 +356,7 @@ def bench_allocators(
 ) -> None:
     """Compare MAPS at equal bytes: KL, paired differences, random maps and finer uniform ones.
 
-    Weights are symmetric integers in groups of 64, so b bits cost b + 0.25.
+    Where a map says bits, they are symmetric integers in groups of 64: b bits cost b + 0.25.
     """
     from bitfront.allocators import Contest, run
 
@@ -364,7 +369,7 @@ def bench_allocators(
 
 def main() -> None:
     """The command `bitfront`: errors become one line and exit status 1."""
-    _keep_stdout_for_results()
+    keep_stdout_for_results()
     signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
@@ -390,10 +395,3 @@ class _InterruptedError(BaseException):
 
 def _interrupt(*_: object) -> None:
     raise _InterruptedError
-
-
-def _keep_stdout_for_results() -> None:
-    """C libraries (HiGHS) print to descriptor 1 when they like; drop that."""
-    results = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = os.fdopen(results, "w", encoding="utf-8", closefd=True)

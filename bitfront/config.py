@@ -96,6 +96,7 @@ class JobConfig(_Closed):
         imatrix: a llama.cpp importance matrix, instead of the calibration text's.
         bank: what workers keep of each scheme: values (fast), packed bytes (small), or auto, which
             takes packed bytes where the values would fill more than half of the memory.
+        interactions: units whose pairs are measured where sums of losses predict badly; 0 for none.
         transform: what the whole model is put through before it is quantized: awq, smoothquant.
     """
 
@@ -111,6 +112,7 @@ class JobConfig(_Closed):
     budgets: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     budgets_bytes: tuple[Annotated[int, Field(gt=0)], ...] = ()
     random_controls: int = Field(ge=0)
+    interactions: int = Field(default=0, ge=0)
     refinement: RefinementConfig = RefinementConfig()
     seed: int = 0
     dtype: str = "auto"

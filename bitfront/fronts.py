@@ -18,6 +18,8 @@ from store.tables import Candidate, Job, Measurement, Model
 
 SAME_SIZE = 0.001  # less than one unit's step between neighbouring schemes
 COMPARABLE_SIZE = 0.01
+INTERACTIONS, REFINED = "interactions", "refined"
+"""What the origins of maps of later stages begin with."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ def load_front(store: Store, job: Job) -> Front:
         (
             *_findings(points, heldout, {c.point for c in measured if c.certificate}),
             *(f"Point {c.point} ({c.origin}): {c.failure}." for c in proposed if c.failure),
+            *_bought(points, heldout, candidates),
+            *_additive(job.facts.get("interactions")),
             *few_tokens(job.facts.get("experts", ())),
         ),
     )
@@ -178,6 +182,54 @@ def _findings(points: Sequence[Point], heldout: dict[str, MapLoss], solved: set[
         if best is not None:
             findings.append(_compare(best, control, name, heldout))
     return findings
+
+
+def is_later(candidate: Candidate) -> bool:
+    """Whether it came of interactions or refinement, not of an estimator's table alone."""
+    return candidate.origin.startswith((INTERACTIONS, REFINED))
+
+
+def _bought(
+    points: Sequence[Point], heldout: dict[str, MapLoss], candidates: Sequence[Candidate]
+) -> list[str]:
+    """What the maps of later stages gain over the best map of the tables at their size, in pairs."""
+    of = {c.point: c for c in candidates}
+    findings = []
+    for point in (p for p in points if is_later(of[p.id])):
+        near = [
+            p
+            for p in points
+            if not (p.control or is_later(of[p.id]))
+            and abs(p.weight_bytes / point.weight_bytes - 1) < COMPARABLE_SIZE
+        ]
+        if before := min(near, key=lambda p: p.kl, default=None):
+            mine, theirs = heldout[point.map_hash], heldout[before.map_hash]
+            gap = paired_difference(mine.kl_sums, theirs.kl_sums, mine.tokens)
+            stage = of[point.id].origin.partition(",")[0]
+            findings.append(
+                f"Point {point.id} ({stage}): {point.kl / max(before.kl, 1e-12) - 1:+.1%} KL against "
+                f"point {before.id}, the best without; 95 % interval of the difference "
+                f"{gap.low:+.2g} to {gap.high:+.2g} nats per token."
+            )
+    return findings
+
+
+def _additive(interactions: dict[str, Any] | None) -> list[str]:
+    """Whether pairs were measured, and how far sums were off."""
+    if not interactions or interactions["residual"] is None:
+        return []
+    off = f"Predictions by sums are off by {exp(interactions['residual']) - 1:.0%}"
+    if "units" not in interactions:
+        return [f"{off}: no pairs of units were measured."]
+    excess = ", ".join(
+        f"{scheme} {share:+.0%}"
+        for scheme, share in zip(interactions["schemes"], interactions["excess"], strict=True)
+    )
+    told = (
+        f"{off}, so the pairs of {len(interactions['units'])} units were measured: what two cost "
+        f"beyond their sum is {excess}; {interactions['maps']} maps came of it."
+    )
+    return [told]
 
 
 def few_tokens(experts: Sequence[dict[str, Any]]) -> list[str]:

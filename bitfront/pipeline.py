@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitfront.fronts import losses
+from bitfront.fronts import is_later, losses
+from bitfront.interacting import interact
 from bitfront.plan import Plan, settled
 from bitfront.progress import Progress
 from bitfront.proposals import propose
@@ -42,6 +43,7 @@ Choice = NDArray[np.intp]
 OpenPool = Callable[[SessionSpec], Pool]
 
 BANK, REFERENCE = "quantizing every unit under every scheme", "the unquantized model"
+PAIRED = "maps with interactions on the search text"
 REFINED = "refined maps on the whole search text"
 SEARCH, HELDOUT = "candidates on the search text", "finalists on held-out text"
 # how long it takes in units of one candidate on one chunk, for the bar's first estimate only
@@ -90,11 +92,11 @@ def _run_stages(run: Run) -> None:
 
     measure(run, candidates, search, SEARCH, failed)
     candidates = _calibrate(run, candidates, problems)
-    refined = _refine(run, candidates, problems)
-    if refined:
-        candidates += refined
-        measure(run, refined, search, REFINED, failed)
-        candidates = _calibrate(run, candidates, problems)
+    for stage, label in ((_interact, PAIRED), (_refine, REFINED)):
+        if later := stage(run, candidates, problems):
+            candidates += later
+            measure(run, later, search, label, failed)
+            candidates = _calibrate(run, candidates, problems)
     finalists = _choose_finalists(run, candidates)
     save_candidates(run.store, candidates)
     heldout = plan.texts["heldout"]
@@ -290,15 +292,31 @@ def _calibrate(
     return candidates
 
 
+def _interact(
+    run: Run, candidates: Sequence[Candidate], problems: dict[str, Problem]
+) -> list[Candidate]:
+    """Maps of the problem with pairs that are new."""
+    problem, known = problems[run.job.facts["predicts"]], {c.map_hash for c in candidates}
+    return _numbered(run, candidates, interact(run, problem, known))
+
+
 def _refine(
     run: Run, candidates: Sequence[Candidate], problems: dict[str, Problem]
 ) -> list[Candidate]:
-    """Refined maps that are new, numbered after those of the job."""
+    """Refined maps that are new."""
     problem = problems[run.job.facts["predicts"]]
     measured = losses(run.store, run.quality, candidates, run.plan.texts["search"].hashes)
     kl = {map_hash: found.kl.mean for map_hash, found in measured.items()}
+    found = refine(run, problem, starts_of(run.plan, candidates, kl))
+    return _numbered(run, candidates, found)
+
+
+def _numbered(
+    run: Run, candidates: Sequence[Candidate], later: Sequence[Candidate]
+) -> list[Candidate]:
+    """Those of a later stage that are new, numbered after those of the job, and saved."""
     known, new = {c.map_hash for c in candidates}, []
-    for candidate in refine(run, problem, starts_of(run.plan, candidates, kl)):
+    for candidate in later:
         if candidate.map_hash not in known:
             known.add(candidate.map_hash)
             candidate.point = len(known)
@@ -308,14 +326,19 @@ def _refine(
 
 
 def _choose_finalists(run: Run, candidates: list[Candidate]) -> list[Candidate]:
-    """At each budget the map that measured best on the search text; and all controls."""
+    """At each budget the map that measured best on the search text; and all controls.
+
+    Where a later stage found it, the best of those before too, to say what that stage bought.
+    """
     measured = losses(run.store, run.quality, candidates, run.plan.texts["search"].hashes)
     chosen = {c.map_hash for c in candidates if c.control}
     for budget in run.plan.budgets:
         fitting = [c for c in candidates if c.weight_bytes <= budget and c.map_hash in measured]
         if fitting:
-            best = min(fitting, key=lambda c: (measured[c.map_hash].kl.mean, c.weight_bytes))
-            chosen.add(best.map_hash)
+            order = sorted(fitting, key=lambda c: (measured[c.map_hash].kl.mean, c.weight_bytes))
+            chosen.add(order[0].map_hash)
+            if is_later(order[0]):
+                chosen.update([c.map_hash for c in order if not is_later(c)][:1])
     for candidate in candidates:
         candidate.finalist = candidate.map_hash in chosen
     return [candidate for candidate in candidates if candidate.finalist]

@@ -164,6 +164,8 @@ class Plan:
         named = {"model", "revision", "texts", "dtype", "transform", "imatrix", "bank"}
         if not self.config.refinement.measurements:
             named.add("refinement")
+        if not self.config.interactions:
+            named.add("interactions")
         exclude = dict.fromkeys(named, True) | {"menu": self.config.menu.silent}
         config = self.config.model_dump_json(exclude=exclude)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]

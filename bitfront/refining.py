@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitfront.fronts import REFINED
 from bitfront.plan import Plan
 from bitfront.run import Run
 from bitfront.scoring import forecast_bytes
@@ -96,7 +97,7 @@ def _conclude(
             found.append(
                 Candidate(
                     job_id=run.job.id, point=0, map_hash=plan.map_hash(best),
-                    origin=f"refined, at most {budget:,} bytes", control=None,
+                    origin=f"{REFINED}, at most {budget:,} bytes", control=None,
                     schemes=[scheme.name for scheme in plan.schemes(best)],
                     weight_bytes=plan.weight_bytes(best), average_bits=plan.average_bits(best),
                     finalist=False,

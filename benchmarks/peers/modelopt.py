@@ -1,26 +1,19 @@
 """NVIDIA Model-Optimizer's AutoQuantize as an allocator: maps in Track A's form, by its own scoring.
 
-A draft: no figure of it is recorded, and it has not been run to its end yet.
-
 In an environment of its own:
 
     python -m venv MO && MO/bin/pip install nvidia-modelopt transformers accelerate torch
     MO/bin/python benchmarks/peers/modelopt.py MODEL_DIR TEXT OUT_DIR [--method gradient|kl_div]
 """
 
-import argparse
-import json
-import os
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from maps import BITS, GROUP, SCALE_BITS, arguments, linears, load, tokens, write  # isort: split
 
 import modelopt.torch.quantization as mtq
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BITS, GROUP = (2, 3, 4, 6, 8), 64
+METHOD = {"default": "gradient", "choices": ["gradient", "kl_div"]}
 
 
 def scheme(bits: int) -> dict[str, Any]:
@@ -36,40 +29,27 @@ def scheme(bits: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("text")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--method", default="gradient", choices=["gradient", "kl_div"])
-    parser.add_argument("--bits", default="3.25,3.5,3.75,4.25,4.75,5.25")
-    parser.add_argument("--chunks", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    ids = tokenizer(Path(given.text).read_text(), return_tensors="pt").input_ids[0]
-    ids = ids[: given.chunks * given.length].reshape(given.chunks, given.length)
-    batches = [{"input_ids": chunk[None]} for chunk in ids]
+def loss(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What its gradients are of: the text's likelihood."""
+    logits, labels = output.logits[0, :-1].float(), batch["input_ids"][0, 1:]
+    return torch.nn.functional.cross_entropy(logits, labels)
 
-    def loss(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits, labels = output.logits[0, :-1].float(), batch["input_ids"][0, 1:]
-        return torch.nn.functional.cross_entropy(logits, labels)
+
+def main() -> None:
+    given = arguments(__doc__, chunks=16, length=512, method=METHOD)
+    batches = [{"input_ids": chunk[None]} for chunk in tokens(given)]
 
     def forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
         output = model(**batch, use_cache=False)
         return output if given.method == "gradient" else output.logits
 
     checkpoint = given.out / f"scores-{given.method}.pth"
-    for bits in (float(b) for b in given.bits.split(",")):
-        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-        sizes = {n: m.weight.numel() for n, m in model.named_modules()
-                 if isinstance(m, torch.nn.Linear) and "lm_head" not in n}  # fmt: skip
+    for bits in given.bits:
+        model = load(given.model)
+        sizes = linears(model)
         # its bits count no scales, and its sizes count the head, which stays at 16
-        head = model.lm_head.weight.numel()
-        wanted = ((bits - 16 / GROUP) * sum(sizes.values()) + 16 * head) / (
-            sum(sizes.values()) + head
-        )
+        head, body = model.lm_head.weight.numel(), sum(sizes.values())
+        wanted = ((bits - SCALE_BITS / GROUP) * body + 16 * head) / (body + head)
         model, _ = mtq.auto_quantize(
             model,
             constraints={"effective_bits": wanted},
@@ -88,10 +68,7 @@ def main() -> None:
         for name in sizes:
             quantizer = model.get_submodule(name).weight_quantizer
             found[name] = quantizer.num_bits if quantizer.is_enabled else 16
-        exact = sum(sizes[n] * (b + 16 / GROUP) for n, b in found.items()) / sum(sizes.values())
-        name = f"modelopt-{given.method.replace('_', '-')}-{bits:g}.json"
-        (given.out / name).write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{name}: {exact:.4f} bits")
+        write(given.out, f"modelopt-{given.method.replace('_', '-')}", bits, sizes, found)
 
 
 if __name__ == "__main__":

@@ -110,3 +110,18 @@ def test_maps_that_nobody_could_load_are_refused(contest, tmp_path):
     for words, path in {**cases, "says nothing of": partial}.items():
         with pytest.raises(BitfrontError, match=words):
             compare(replace(contest, maps=(path,)), store, "none", Silent())
+
+
+def test_a_map_of_formats_meets_maps_of_bits(contest, tmp_path):
+    named = tmp_path / "named.json"
+    given = json.loads(contest.maps[0].read_text())
+    wider = {n: "nf4-g32" if n.endswith("down_proj") else f"int{b}-g32" for n, b in given.items()}
+    named.write_text(json.dumps(wider))
+    both = replace(contest, maps=(contest.maps[0], named), random=0)
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    found = {e.name: e for e in compare(both, store, "none", Silent()) if e.kind == GIVEN}
+    assert found["named"].average_bits == found["down"].average_bits
+    assert found["named"].kl.mean != found["down"].kl.mean
+    named.write_text(json.dumps(dict.fromkeys(given, "int3-g31")))
+    with pytest.raises(BitfrontError, match="int3-g31"):
+        compare(both, store, "none", Silent())

@@ -28,6 +28,7 @@ LONGER, SHORTER = 1.5, 0.5
 SURE = 0.5  # errors that a step on trust must be better by: texts differ in style, too
 TELLING = 0.7  # a prediction's error, of a measurement's, from which on a chunk judges
 SHARES = 1.0, 0.5, 0.25  # of the trusted changes that are compared by prediction
+SURPRISING = 2.0  # errors that a failed step was off by, to ask where it went wrong
 GRADIENT = 4  # what a gradient costs, in measurements
 PROMISE, LITTLE = 0.1, 0.003  # gain that a budget is expected to make next, at first and at least
 FORGET = 0.7  # of that, at each step
@@ -65,6 +66,7 @@ class _Descent:
     trust: float = TRUST
     proposals: int = 0
     trial: _Trial | None = None
+    lesson: Question | None = None  # the gradient at a candidate that failed
     failures: int = 0
     rejected: set[bytes] = field(default_factory=set)
     history: list[Choice] = field(default_factory=list)
@@ -125,6 +127,9 @@ class Refinement(Strategy):
 
     def _wanted(self, descent: _Descent) -> Question | None:
         ready = descent.fresh and descent.told >= min(FIRST, self._setting.chunks)
+        if descent.lesson:
+            question, descent.lesson = descent.lesson, None
+            return question
         if descent.trial is None and ready:
             self._challenge(descent)
         if descent.trial and len(descent.trial.losses) == len(descent.trial.asked):
@@ -240,6 +245,8 @@ class Refinement(Strategy):
         if not better:
             descent.failures += 1
             descent.rejected.add(trial.choice.tobytes())
+            if abs(found - step.change) > SURPRISING * step.error:
+                descent.lesson = Question(trial.choice, trial.asked[0], slopes=True)
             self._shorten(descent, trial.choice)
             return
         if step.change < 0 and mean / step.change > GOOD:

@@ -63,12 +63,16 @@ class Comparison:
         self, strategy: Strategy, limits: Sequence[int], passes: int
     ) -> list[list[list[float]]]:
         """At `POINTS` places on the way, cost and held-out KL of the best map of each budget."""
+
+        def front(strategy: Strategy) -> list[list[float]]:
+            best = [strategy.best(limit) for limit in limits]
+            return [[self.plan.weight_bytes(b), self.heldout(b)] for b in best]
+
         spent, curve = 0, []
         texts = self.plan.texts["search"].ids
         while len(curve) <= POINTS:
             if spent >= len(curve) * passes / POINTS:
-                best = [strategy.best(limit) for limit in limits]
-                curve.append([[self.plan.weight_bytes(b), self.heldout(b)] for b in best])
+                curve.append(front(strategy))
             if (question := strategy.ask()) is None:
                 break
             spent += SLOPES if question.slopes else 1
@@ -79,6 +83,8 @@ class Comparison:
                 strategy.tell(question, found.loss.kl_sum / tokens, found.sums / tokens)
             else:
                 strategy.tell(question, self.kl(question.choice, "search", question.chunk))
+        if len(curve) <= POINTS:  # it had nothing more to ask
+            curve += [front(strategy)] * (POINTS + 1 - len(curve))
         return curve
 
 

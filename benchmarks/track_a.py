@@ -24,7 +24,8 @@ from bitfront.config import load_config
 from bitfront.pipeline import spec_of
 from bitfront.plan import Plan, make_plan
 from cost_models import weight_bytes
-from quantization.errors import TextError
+from evaluation.assembly import AssembledModel
+from quantization.errors import MeasurementError, TextError
 from search.controls import uniform
 from search.exact import sweep
 from search.strategies import Question, Setting
@@ -89,7 +90,13 @@ class Searcher:
         self.limits = {
             b: limit - plan.other_bytes for b, limit in zip(bits, plan.budgets, strict=True)
         }
-        self._problem = plan.problem(self._estimate())
+        self._asked: Counter[str] = Counter()
+        try:
+            table = self._estimate()
+        except MeasurementError as error:  # a model that can't be cut into blocks
+            self.log["failed"] = str(error)
+            table = weight_errors(self._model, self.chunks, plan)
+        self._problem = plan.problem(table)
         found = sweep(self._problem, weight_bytes.RESOURCE, self.limits.values())
         self.first = {b: s.choice for b, s in zip(bits, found, strict=True)}
 
@@ -118,16 +125,19 @@ class Searcher:
 
     def search(self) -> dict[float, np.ndarray]:
         """The best map by average bits."""
+        kept = JUDGES if len(self.chunks) > 3 * JUDGES else 0  # for the end, unseen until then
         setting = Setting(
-            self._problem, weight_bytes.RESOURCE, self._starts(), len(self.chunks), self.seed
+            self._problem, weight_bytes.RESOURCE, self._starts(), len(self.chunks) - kept, self.seed
         )
         search = Refinement(setting)
-        asked: Counter[bool] = Counter()
         self.clock.longest, told = 0.0, 0
         while self.clock.allows(1 - JUDGING) and (question := search.ask()):
-            asked[question.slopes] += 1
-            with self.clock.step():
-                self._measure(search, question)
+            try:
+                with self.clock.step():
+                    self._measure(search, question)
+            except MeasurementError as error:  # what was found until now is there
+                self.log["failed"] = str(error)
+                break
             for entry in search.log[told:]:
                 print(f"{elapsed():6.0f} s  {json.dumps(entry)}", flush=True)
             told = len(search.log)
@@ -136,8 +146,8 @@ class Searcher:
         best = self._judge(histories)
         self.log["seconds"]["all"] = elapsed()
         self.log |= {
-            "gradients": asked[True], "measurements": asked[False],
-            "tokens": LENGTH * asked.total(),
+            "gradients": self._asked["gradient"], "measurements": self._asked["measurement"],
+            "tokens": LENGTH * self._asked.total(),
             "maps": {b: len(maps) for b, maps in histories.items()}, "steps": search.log,
         }  # fmt: skip
         return best
@@ -146,6 +156,7 @@ class Searcher:
         chunk = self.chunks[question.chunk]
         if question.slopes:
             names = tuple(scheme.name for scheme in self.plan.schemes(question.choice))
+            self._asked["gradient"] += 1
             found = self.session.slopes(names, chunk)
             tokens = found.loss.tokens
             search.tell(question, found.loss.kl_sum / tokens, found.sums / tokens)
@@ -154,6 +165,7 @@ class Searcher:
 
     def kl(self, choice: np.ndarray, chunk: np.ndarray) -> float:
         """Of a map on a chunk, nats per token."""
+        self._asked["measurement"] += 1
         found = self.session.measure(tuple(s.name for s in self.plan.schemes(choice)), chunk)
         return found.kl_sum / found.tokens
 
@@ -176,6 +188,13 @@ class Searcher:
         return {bits: maps[int(np.argmin(sums[bits]))] for bits, maps in finals.items()}
 
 
+def weight_errors(model: AssembledModel, chunks: np.ndarray, plan: Plan) -> np.ndarray:
+    """A table that needs nothing but the weights."""
+    estimator = ESTIMATORS["weight-error"]
+    shares = estimator.shares(len(plan.choices), len(chunks))
+    return merge([estimator.score(model, chunks, plan.choices, s) for s in shares]).mean()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
@@ -186,7 +205,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=CHUNKS)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    bits = tuple(float(b) for b in given.bits.split(","))
+    bits = tuple(sorted({float(b) for b in given.bits.split(",")}))
     given.out.mkdir(parents=True, exist_ok=True)
     plan = plan_for(given.model, given.text, bits, given.chunks)
     searcher = Searcher(plan, given.minutes, given.seed)

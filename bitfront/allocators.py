@@ -28,6 +28,8 @@ from cost_models import weight_bytes
 from evaluation.texts import Text, TextRequest, consecutive
 from quantization.checkpoints import load_tokenizer
 from quantization.errors import BitfrontError
+from quantization.formats import FORMATS
+from quantization.quantizers import QUANTIZERS, needs
 from search.controls import random_at, uniform
 from search.problem import Choice
 from search.statistics import Interval, mean_interval, paired_difference
@@ -102,8 +104,10 @@ def compare(contest: Contest, store: Store, address: str, progress: Progress) ->
     Raises:
         BitfrontError: a map that isn't this model's, or that is above all budgets.
     """
-    maps = {path: _read(path, contest) for path in contest.maps}
+    plan = _plan(contest, [])
+    maps = {path: _read(path, contest, _linears(plan)) for path in contest.maps}
     plan = _plan(contest, [format for given in maps.values() for format in given.values()])
+    _check_text(contest, plan)
     size = TextRequest(contest.text, contest.chunks, contest.length)
     text = consecutive(load_tokenizer(plan.checkpoint), size)
     competitors = _competitors(contest, plan, maps)
@@ -129,7 +133,8 @@ def _plan(contest: Contest, formats: Sequence[str]) -> Plan:
     menu += [f"int{b}-g{g}" for b, g in finer if _budget_near(contest, b + SCALE_BITS / g)]
     small = {"source": contest.calibration or contest.text, "chunks": 32, "length": contest.length}
     overrides: dict[str, Any] = {
-        "menu": ",".join(dict.fromkeys(menu)), "quantizer": contest.quantizer, "budgets": list(contest.budgets),
+        "menu": ",".join(dict.fromkeys(menu)), "quantizer": contest.quantizer,
+        "budgets": sorted(set(contest.budgets)),
         "texts.calibration": small,
     }  # fmt: skip
     return make_plan(load_config(contest.model, None, overrides))
@@ -167,7 +172,7 @@ def _competitors(
         near = None if flat is None else _budget_near(contest, plan.average_bits(flat))
         if flat is not None and near is not None:
             found.append((near, f"uniform {scheme}", CONTROL, flat))
-    for budget, limit in zip(sorted(contest.budgets), plan.budgets, strict=True):
+    for budget, limit in zip(sorted(set(contest.budgets)), plan.budgets, strict=True):
         for n in range(contest.random):
             generator = np.random.default_rng([contest.seed, n, limit])
             choice = random_at(problem, weight_bytes.RESOURCE, limit - plan.other_bytes, generator)
@@ -175,34 +180,58 @@ def _competitors(
     return found
 
 
-def _read(path: Path, contest: Contest) -> dict[str, str]:
-    """The format of each linear in a file of linear name -> bits or format."""
+def _check_text(contest: Contest, plan: Plan) -> None:
+    """Raise `ConfigError` where what is measured would have been calibrated on the same text."""
+    quantizer = QUANTIZERS[contest.quantizer]
+    learns = any(needs(quantizer, FORMATS[scheme.weight]) for scheme in plan.menu)
+    if learns and contest.calibration in (None, contest.text):
+        raise ConfigError(
+            f"the quantizer {contest.quantizer} or a format of the maps learns from text; give "
+            f"--calibration-text, another one than {contest.text}, which the maps are measured on"
+        )
+
+
+def _linears(plan: Plan) -> list[list[str]]:
+    """Names of the linears of each unit that maps decide."""
+    units = (plan.layout.units[u] for u in np.flatnonzero(plan.open_units))
+    return [[site.name.removesuffix(".weight") for site in unit.sites] for unit in units]
+
+
+def _read(path: Path, contest: Contest, linears: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The format of each linear that maps decide, in a file of linear name -> bits or format."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
         found = {n: x if isinstance(x, str) else int(x) for n, x in given.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise BitfrontError(f"{path} is no map of linear name -> bits: {error}") from error
-    for name, value in found.items():
+    for names in linears:
+        if missing := [name for name in names if name not in found]:
+            raise BitfrontError(f"{path} says nothing of {missing[0]}; every linear needs bits")
+        if len({found[name] for name in names}) > 1:
+            raise BitfrontError(
+                f"{path} gives {' and '.join(names)} different bits, but engines load them fused"
+            )
+        value = found[names[0]]
         if isinstance(value, int) and value not in contest.bits:
             raise ConfigError(
-                f"{path}: {value} bits at {name} are outside the menu "
+                f"{path}: {value} bits at {names[0]} are outside the menu "
                 f"{', '.join(map(str, contest.bits))}"
             )
-    return {n: x if isinstance(x, str) else f"int{x}-g{contest.group}" for n, x in found.items()}
+    decided = {name: found[name] for names in linears for name in names}
+    return {n: x if isinstance(x, str) else f"int{x}-g{contest.group}" for n, x in decided.items()}
 
 
 def _choice(path: Path, given: dict[str, str], plan: Plan, columns: dict[str, int]) -> Choice:
     """A map as a choice."""
     choice = plan.offered.argmax(axis=1).astype(np.intp)
-    for u in np.flatnonzero(plan.open_units):
-        names = [site.name.removesuffix(".weight") for site in plan.layout.units[u].sites]
-        if missing := [name for name in names if name not in given]:
-            raise BitfrontError(f"{path} says nothing of {missing[0]}; every linear needs bits")
-        if len({given[name] for name in names}) > 1:
+    for u, names in zip(np.flatnonzero(plan.open_units), _linears(plan), strict=True):
+        column = columns.get(given[names[0]])
+        if column is None or not plan.offered[u, column]:
             raise BitfrontError(
-                f"{path} gives {' and '.join(names)} different bits, but engines load them fused"
+                f"{path}: the format {given[names[0]]} can't be had at {names[0]}; name a weight "
+                "format that applies there"
             )
-        choice[u] = columns[given[names[0]]]
+        choice[u] = column
     return choice
 
 

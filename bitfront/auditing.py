@@ -105,7 +105,10 @@ def run_audit(
         measure(run, candidates, plan.texts["search"], MEASURED)
         maps = _measured(run, drawn)
         document = {**_document(run, scores, maps, problem), "unable": unable}
-        pairs = _interactions(run, scores[document["default"]], options.pairs)
+        try:
+            pairs = _interactions(run, scores[document["default"]], options.pairs)
+        except MeasurementError as error:  # the verdicts stand without
+            pairs, unable["interactions"] = None, str(error)
     return update_job(store, job.id, facts={"audit": {**document, "interactions": pairs}})
 
 

@@ -16,11 +16,12 @@ from bitfront.plan import Plan
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT
 from cost_models import weight_bytes
+from quantization.errors import MeasurementError
 from search.controls import uniform
 from search.problem import Problem
 from search.quadratic import MOST_ENTRIES, Quadratic, solve_quadratic
 from sensitivity.interactions import Interactions
-from store.queries import find_share, key_of, save_share, update_job
+from store.queries import find_share, key_of, save_share
 from store.tables import Candidate, SensitivityShare
 from workers.pool import Task
 
@@ -42,7 +43,7 @@ def measured_pairs(run: Run, table: Floats, count: int) -> Interactions | None:
         return None
     text = run.plan.texts["calibration"]
     names = tuple(run.plan.menu[c].name for c in columns)
-    key = key_of(PAIRS, *vars(run.quality).values(), *units, *names, text.hashes[0])
+    key = key_of(PAIRS, *vars(run.quality).values(), *sorted(units), *names, text.hashes[0])
     row = find_share(run.store, key)
     with run.progress.stage(PAIRS, int(row is None), ESTIMATE_WEIGHT) as advance:
         if row is None:
@@ -61,17 +62,17 @@ def measured_pairs(run: Run, table: Floats, count: int) -> Interactions | None:
     return Interactions(order, names, sums[0].reshape(n, m), pairs, int(row.tokens[0]))
 
 
-def interact(run: Run, problem: Problem, known: set[str]) -> list[Candidate]:
+def interact(run: Run, problem: Problem, known: set[str]) -> tuple[list[Candidate], dict[str, Any]]:
     """New candidates that are optimal with measured pairs, at most one for each budget.
 
     Args:
         run: the job; its predictions have been calibrated.
         problem: the additive problem under the estimator that predicts best.
         known: hashes of the maps that there are.
+
+    Returns:
+        The candidates, and what is to be told of them.
     """
-    count = run.plan.config.interactions
-    if not count:
-        return []
     residual = run.job.facts["calibration"][run.job.facts["predicts"]]["residual"]
     pays = residual is None or residual > ADDITIVE
     facts: dict[str, Any] = {
@@ -79,7 +80,12 @@ def interact(run: Run, problem: Problem, known: set[str]) -> list[Candidate]:
         "used": pays and problem.loss.size <= MOST_ENTRIES,
     }
     found: list[Candidate] = []
-    pairs = measured_pairs(run, problem.loss, count) if facts["used"] else None
+    pairs = None
+    if facts["used"]:
+        try:
+            pairs = measured_pairs(run, problem.loss, run.plan.config.interactions)
+        except MeasurementError as error:  # a model that can't be cut into blocks
+            facts["failed"] = str(error)
     if pairs is not None:
         solved = _solved(run, quadratic(problem, run.plan, pairs))
         found = [c for c in solved if c.map_hash not in known]
@@ -88,8 +94,7 @@ def interact(run: Run, problem: Problem, known: set[str]) -> list[Candidate]:
             "schemes": list(pairs.schemes), "excess": pairs.excess().tolist(),
             "tokens": pairs.tokens, "maps": len(found),
         }  # fmt: skip
-    run.job = update_job(run.store, run.job.id, facts={"interactions": facts})
-    return found
+    return found, facts
 
 
 def quadratic(problem: Problem, plan: Plan, pairs: Interactions) -> Quadratic:

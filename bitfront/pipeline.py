@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitfront.fronts import is_later, losses
-from bitfront.interacting import interact
+from bitfront.fronts import INTERACTIONS, is_later, losses
+from bitfront.interacting import PAIRS, interact
 from bitfront.plan import Plan, settled
 from bitfront.progress import Progress
 from bitfront.proposals import propose
@@ -117,7 +117,11 @@ def _expected_work(plan: Plan) -> dict[str, float]:
         SEARCH: float(proposals * config.texts.search.chunks),
         HELDOUT: float((controls + len(plan.budgets)) * config.texts.heldout.chunks),
     }
+    later = len(plan.budgets) * config.texts.search.chunks
+    if config.interactions:
+        work |= {PAIRS: float(ESTIMATE_WEIGHT), PAIRED: float(later)}
     if config.refinement.measurements:
+        work[REFINED] = float(later)
         work[REFINE] = float(SLOPES_WEIGHT * config.refinement.measurements)
     for name in config.estimators:
         shares = ESTIMATORS[name].shares(units, config.texts.calibration.chunks)
@@ -295,9 +299,17 @@ def _calibrate(
 def _interact(
     run: Run, candidates: Sequence[Candidate], problems: dict[str, Problem]
 ) -> list[Candidate]:
-    """Maps of the problem with pairs that are new."""
+    """Maps of the problem with pairs that are new; a resumed job has them: the solver's time varies."""
+    if not run.plan.config.interactions:
+        return []
+    if "interactions" in run.job.facts:
+        stored = candidates_of(run.store, run.job.id)
+        return [c for c in stored if c.origin.startswith(INTERACTIONS)]
     problem, known = problems[run.job.facts["predicts"]], {c.map_hash for c in candidates}
-    return _numbered(run, candidates, interact(run, problem, known))
+    found, facts = interact(run, problem, known)
+    new = _numbered(run, candidates, found)
+    run.job = update_job(run.store, run.job.id, facts={"interactions": facts})
+    return new
 
 
 def _refine(

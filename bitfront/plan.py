@@ -187,6 +187,12 @@ def make_plan(config: JobConfig) -> Plan:
     if config.transform:
         TRANSFORMS[config.transform]
     check_strategy(config.refinement.strategy)
+    wanted = config.refinement
+    if not wanted.measurements and wanted != type(wanted)():
+        raise ConfigError(
+            "refinement.strategy and refinement.minutes say how to refine, but "
+            "refinement.measurements is 0; give --refine N, such as 500"
+        )
     dtype, reason = choose_dtype(config.dtype)
     source = demo_model() if config.model == DEMO else config.model
     checkpoint = resolve(source, config.revision, config.trust_remote_code)

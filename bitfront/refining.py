@@ -26,7 +26,7 @@ from workers.pool import Task
 
 REFINE = "refining by measurement"
 SLOPES_WEIGHT = 4  # of a measurement with slopes, in measurements
-SLOPES = "slopes of errors"
+SLOPES = "slopes of errors#2"
 
 Choice = NDArray[np.intp]
 Answer = tuple[float, NDArray[np.float64] | None]
@@ -76,16 +76,17 @@ def refine(run: Run, problem: Problem, starts: dict[int, list[Choice]]) -> list[
                 raise outcome.error
             else:
                 question = outcome.task.label
-                search.tell(question, *_save(run, question, outcome.value))
+                _save(run, question, outcome.value)
+                told = _known(run, question)  # as the store has it, and a resumed job will hear it
+                assert told is not None
+                search.tell(question, *told)
                 advance(1)
-    if failure:  # a model that can't be cut into blocks, or NaN on the way
-        run.job = update_job(run.store, run.job.id, facts={"refinement": {"failed": str(failure)}})
-        return []
-    return _conclude(run, search, starts, asked)
+    # a model that can't be cut into blocks, or NaN on the way: what was found until then counts
+    return _conclude(run, search, starts, asked, str(failure) if failure else None)
 
 
 def _conclude(
-    run: Run, search: Strategy, starts: dict[int, list[Choice]], asked: int
+    run: Run, search: Strategy, starts: dict[int, list[Choice]], asked: int, failure: str | None
 ) -> list[Candidate]:
     plan, found, budgets = run.plan, [], []
     for budget, maps in starts.items():
@@ -103,8 +104,10 @@ def _conclude(
                     finalist=False,
                 )
             )  # fmt: skip
-    facts = {"refinement": {"measurements": asked, "budgets": budgets}}
-    run.job = update_job(run.store, run.job.id, facts=facts)
+    facts: dict[str, Any] = {"measurements": asked, "budgets": budgets}
+    if failure:
+        facts = {**facts, "failed": failure} if search.log else {"failed": failure}
+    run.job = update_job(run.store, run.job.id, facts={"refinement": facts})
     return found
 
 
@@ -113,7 +116,8 @@ def _keys(run: Run, question: Question) -> tuple[str, str]:
     plan = run.plan
     chunk = plan.texts["search"].hashes[question.chunk]
     measured = run.quality.of(plan.map_hash(question.choice), chunk)
-    return measured, key_of(SLOPES, measured, *(scheme.name for scheme in plan.menu))
+    offered = (",".join(scheme.name for scheme in row) for row in plan.choices)
+    return measured, key_of(SLOPES, measured, *offered)
 
 
 def _task(run: Run, question: Question) -> Task:
@@ -123,7 +127,7 @@ def _task(run: Run, question: Question) -> Task:
     if not question.slopes:
         return Task("measure", arguments, label=question)
     share = Share((0, len(plan.choices)), (0, 1))
-    memory = forecast_bytes(plan, "fisher", share)  # the same passes
+    memory = forecast_bytes(plan, "fisher", share, "search")  # the same passes
     return Task("slopes", arguments, label=question, memory_bytes=memory)
 
 
@@ -137,7 +141,7 @@ def _known(run: Run, question: Question) -> Answer | None:
     return loss.kl_sum / loss.tokens, found
 
 
-def _save(run: Run, question: Question, value: Any) -> Answer:
+def _save(run: Run, question: Question, value: Any) -> None:
     """Keep what a worker measured: a `Measurement` of evaluation, or `LocalSlopes` with one."""
     measured, slopes = _keys(run, question)
     plan, loss = run.plan, value.loss if question.slopes else value
@@ -148,7 +152,7 @@ def _save(run: Run, question: Question, value: Any) -> Answer:
     )
     save_measurement(run.store, row)
     if not question.slopes:
-        return loss.kl_sum / loss.tokens, None
+        return
     sums = [[None if np.isnan(x) else float(x) for x in line] for line in value.sums]
     share = SensitivityShare(
         key=slopes, estimator=SLOPES, sums=sums, tokens=[float(loss.tokens)] * len(sums),
@@ -156,7 +160,6 @@ def _save(run: Run, question: Question, value: Any) -> Answer:
         experts={}, maps=[], seconds=loss.seconds,
     )  # fmt: skip
     save_share(run.store, share)
-    return loss.kl_sum / loss.tokens, value.sums / loss.tokens
 
 
 def starts_of(

@@ -1,6 +1,7 @@
 """Sensitivity of a job: shares of an estimator's table from the store, the missing ones from workers."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,13 +63,14 @@ def score(run: Run, estimator: str) -> Scores:
             )
             for s in missing
         ]  # fmt: skip
-        for outcome in run.pool.run(tasks):
-            if outcome.error:
-                raise outcome.error
-            share, (table, seconds) = outcome.task.label, outcome.value
-            found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
-            save_share(run.store, found[share])
-            advance(1)
+        with closing(run.pool.run(tasks)) as outcomes:  # an audit goes on with the next estimator
+            for outcome in outcomes:
+                if outcome.error:
+                    raise outcome.error
+                share, (table, seconds) = outcome.task.label, outcome.value
+                found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
+                save_share(run.store, found[share])
+                advance(1)
     whole = merge(_table(found[share]) for share in shares)
     table = whole.mean()
     bad = ~np.isfinite(table) & plan.offered
@@ -100,12 +102,10 @@ def experts_seen(plan: Plan, scores: Iterable[Scores]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def forecast_bytes(plan: Plan, estimator: str, share: Share) -> int:
-    """The memory that a task of an estimator will need on a worker."""
+def forecast_bytes(plan: Plan, estimator: str, share: Share, text: str = "calibration") -> int:
+    """The memory that a task of an estimator will need on a worker, on chunks of a text."""
     itemsize = DTYPES[plan.dtype].itemsize
-    work = Work(
-        plan.layout, plan.texts["calibration"].ids.shape[1], itemsize, roomy=not plan.packed
-    )
+    work = Work(plan.layout, plan.texts[text].ids.shape[1], itemsize, roomy=not plan.packed)
     return ESTIMATORS[estimator].forecast_bytes(plan.choices, share, work)
 
 

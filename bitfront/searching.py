@@ -111,9 +111,11 @@ def dry_run(config: JobConfig, as_json: bool) -> None:
         )
     print_table(sizes)
     errors.print(_summary(plan), highlight=False)
+    counts = document["measurements"]
+    more = f", {counts['refinement']} to refine" if counts["refinement"] else ""
     errors.print(
-        f"At most {document['measurements']['search']} measurements on the search text and "
-        f"{document['measurements']['heldout']} on held-out text, a chunk each.",
+        f"At most {counts['search']} measurements on the search text{more} and "
+        f"{counts['heldout']} on held-out text, a chunk each.",
         highlight=False,
     )
 
@@ -148,7 +150,10 @@ def _document(plan: Plan) -> dict[str, Any]:
     texts = plan.config.texts
     controls = len(uniforms) + plan.config.random_controls
     estimators = UNPROVEN if AUTO in plan.config.estimators else plan.config.estimators
-    proposals = len(plan.budgets) * len(estimators)
+    refinement, budgets = plan.config.refinement.measurements, len(plan.budgets)
+    # a later stage may find a map for each budget, and the one it replaces is measured beside it
+    later = budgets * (bool(refinement) + bool(plan.config.interactions))
+    proposals = budgets * len(estimators)
     return {
         "model": plan.name,
         "units": [
@@ -167,8 +172,9 @@ def _document(plan: Plan) -> dict[str, Any]:
         "uniform": uniforms,
         "budgets": list(plan.budgets),
         "measurements": {
-            "search": (controls + proposals) * texts.search.chunks,
-            "heldout": (controls + len(plan.budgets) + 1) * texts.heldout.chunks,
+            "search": (controls + proposals + later) * texts.search.chunks,
+            "refinement": refinement,
+            "heldout": (controls + (2 if later else 1) * budgets + 1) * texts.heldout.chunks,
         },
         "arithmetic": plan.dtype,
         "transform": plan.folding.identity if plan.folding else None,

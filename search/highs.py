@@ -63,10 +63,17 @@ def minimise(
     rooms = {r: limits[r] - int(problem.costs[r][fixed, choice[fixed]].sum()) for r in limits}
     tighter = dict.fromkeys(limits, 0)
     bound = np.inf
-    for _ in range(REPAIRS):
+    for attempt in range(REPAIRS):
         if len(free):
             left = {r: rooms[r] - tighter[r] for r in rooms}
-            choice[free], dual = _program(problem, left, open_, free, choice, gap, seconds)
+            try:
+                choice[free], dual = _program(problem, left, open_, free, choice, gap, seconds)
+            except NothingFitsError as error:
+                if attempt:  # within tightened limits, which proves nothing about the real ones
+                    raise SearchError(
+                        "HiGHS's tolerance hides what is within the limits"
+                    ) from error
+                raise
             bound = min(bound, dual)  # tightened limits prove nothing about the real ones
         elif problem.breaks(choice, limits):
             raise NothingFitsError("no entry is open, and what is fixed exceeds the limits")

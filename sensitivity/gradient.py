@@ -97,7 +97,7 @@ class Gradient(Estimator):
         stop = next((i for i, inside in enumerate(wanted) if inside), len(wanted))
         for index, c, [found] in passes.backward(text_labels, 1, watch, stop):
             for (site, expert, x), gradient in zip(places, found, strict=True):
-                pair = x.flatten(0, -2), gradient.flatten(0, -2).float().square_()
+                pair = x.flatten(0, -2), gradient.flatten(0, -2).float().square()
                 seen.setdefault((site.name, expert), []).append(pair)
             if c + 1 == len(own):
                 for u in wanted[index]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -75,17 +75,29 @@ class Pool(ABC):
         """
 
     @abstractmethod
+    def drop(self) -> None:
+        """Forget the tasks whose outcomes nobody has taken; returns once none is running."""
+
+    @abstractmethod
     def close(self) -> None:
         """Stop the workers; queued tasks are dropped."""
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
-        """Submit all, yield outcomes as they come."""
-        count = 0
+    def run(self, tasks: Iterable[Task]) -> Generator[Outcome]:
+        """Submit all, yield outcomes as they come; one that is left early drops the others.
+
+        Where somebody goes on with the pool after an error, close it (`contextlib.closing`).
+        """
+        left = 0
         for task in tasks:
             self.submit(task)
-            count += 1
-        for _ in range(count):
-            yield self.next()
+            left += 1
+        try:
+            while left:
+                left -= 1
+                yield self.next()
+        finally:
+            if left:
+                self.drop()
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +126,10 @@ class InProcessPool(Pool):
             return Outcome(task, call(self._session, task.method, task.arguments))
         except BitfrontError as error:
             return Outcome(task, error=error)
+
+    def drop(self) -> None:
+        """See `Pool.drop`."""
+        self._queue.clear()
 
     def close(self) -> None:
         """See `Pool.close`."""

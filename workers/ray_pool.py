@@ -118,6 +118,12 @@ class RayPool(Pool):
         """The workers' process numbers."""
         return list(ray.get([actor.process.remote() for actor in self._actors]))
 
+    def drop(self) -> None:
+        """See `Pool.drop`."""
+        self._queue.clear()
+        while self._running:
+            self.next()
+
     def close(self) -> None:
         """See `Pool.close`."""
         for actor in self._actors:

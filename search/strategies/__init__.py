@@ -43,9 +43,9 @@ def make_strategy(
 def check_strategy(name: str) -> None:
     """Raise `SearchError` for a strategy or sampler that isn't there."""
     if name.startswith(OPTUNA):
-        from search.strategies.optuna_study import find_sampler  # slow to import
+        from search.strategies.optuna_study import check_sampler  # slow to import
 
-        find_sampler(name.removeprefix(OPTUNA))
+        check_sampler(name.removeprefix(OPTUNA))
     elif name not in STRATEGIES:
         known = ", ".join([*STRATEGIES, f"{OPTUNA}SAMPLER"])
         raise SearchError(f"no strategy '{name}'; there are {known}, as in {OPTUNA}NSGAIISampler")

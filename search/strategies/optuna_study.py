@@ -2,12 +2,13 @@
 
 Loss and cost are minimised together (NSGA-II, NSGA-III, TPE, GP …, or any `module:Class`), the
 largest budget and all other limits are Optuna's constraints, and the starts are enqueued as the first
-trials. With a storage URL `optuna-dashboard` shows the study, and a second run goes on with it.
+trials. With a storage URL `optuna-dashboard` shows the study; a second run takes over what its finished
+trials measured and goes on.
 """
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 WIDTH = 4  # chunks that a trial is measured on
 POPULATION = 24  # of samplers that have one: small, since measuring is dear
+LOSSES = "losses by chunk"
 SWITCHES = 6  # exchanges, at most, between a start and its neighbours in the first population
 
 
@@ -31,7 +33,8 @@ class OptunaStudy(Strategy):
 
     Args:
         setting: what to search.
-        sampler: `NSGAIISampler`, `TPESampler` … of Optuna, or `module:Class`.
+        sampler: `NSGAIISampler`, `TPESampler` … of Optuna, `module:Class`, or a package of OptunaHub
+            and its class, such as `samplers/auto_sampler:AutoSampler`.
         storage: an SQLAlchemy URL; in memory for None.
         name: of the study.
 
@@ -59,6 +62,7 @@ class OptunaStudy(Strategy):
             storage=storage, study_name=name, load_if_exists=True,
             directions=["minimize", "minimize"], sampler=_sampler(sampler, setting.seed),
         )  # fmt: skip
+        self._take_over()
         for choice in self._first_population():
             self.study.enqueue_trial(self._parameters(choice), skip_if_exists=True)
 
@@ -106,6 +110,22 @@ class OptunaStudy(Strategy):
         ]
         return [*starts, *near][: max(POPULATION, len(starts))]
 
+    def _take_over(self) -> None:
+        """What earlier runs of the study measured; trials that they left open are given up."""
+        from optuna.trial import TrialState
+
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state == TrialState.RUNNING:
+                self.study.tell(trial.number, state=TrialState.FAIL)
+            elif trial.state == TrialState.COMPLETE and LOSSES in trial.user_attrs:
+                chosen = [trial.params.get(self._name(u), m[0]) for u, m in enumerate(self._menus)]
+                record = self._records.of(np.array(chosen, dtype=np.intp))
+                record.losses = {int(c): x for c, x in trial.user_attrs[LOSSES].items()}
+                record.asked = set(record.losses)
+        for record in list(self._records.values()):
+            if record.knows(self._chunks):
+                self._compare(record)
+
     def _compare(self, record: Record) -> None:
         for limit, best in self._best.items():
             if record is best or not best.knows(self._chunks):
@@ -124,6 +144,7 @@ class OptunaStudy(Strategy):
             over = problem.total_cost(record.choice, resource) - limit
             trial.set_constraint(resource, float(over))
         cost = problem.total_cost(record.choice, setting.resource)
+        trial.set_user_attr(LOSSES, {str(c): loss for c, loss in record.losses.items()})
         self.study.tell(trial, [record.mean(self._chunks), float(cost)])
 
     def _choice(self, trial: "Trial") -> Choice:
@@ -149,7 +170,7 @@ def _sampler(name: str, seed: int) -> "BaseSampler":
 
 
 def find_sampler(name: str) -> "type[BaseSampler]":
-    """A class of `optuna.samplers`, or `module:Class`.
+    """A class of `optuna.samplers`, `module:Class`, or `package/of/OptunaHub:Class`.
 
     Raises:
         SearchError: it isn't there, or is no sampler.
@@ -158,10 +179,41 @@ def find_sampler(name: str) -> "type[BaseSampler]":
 
     module, _, cls = name.rpartition(":")
     try:
-        found = getattr(importlib.import_module(module) if module else optuna.samplers, cls, None)
+        found = getattr(_module(module), cls, None)
     except ImportError as error:
         raise SearchError(f"no sampler '{name}': {error}") from error
     if not (isinstance(found, type) and issubclass(found, optuna.samplers.BaseSampler)):
         known = [n for n in dir(optuna.samplers) if n.endswith("Sampler")]
         raise SearchError(f"no sampler '{name}'; Optuna has {', '.join(known)}, or module:Class")
     return found
+
+
+def _module(name: str) -> Any:
+    import optuna
+
+    if "/" not in name:
+        return importlib.import_module(name) if name else optuna.samplers
+    hub = importlib.import_module("optunahub")  # pip install optunahub
+    try:
+        return hub.load_module(name)
+    except Exception as error:  # whatever network, GitHub or the package raise
+        raise ImportError(f"OptunaHub has it not, or can't be reached ({error})") from error
+
+
+def check_sampler(name: str) -> None:
+    """Raise `SearchError` for a sampler that isn't there or can't search two objectives."""
+    import optuna
+    from optuna.distributions import CategoricalDistribution
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(
+            directions=["minimize", "minimize"], sampler=_sampler(name, seed=0)
+        )
+        for values in ([0.0, 1.0], [1.0, 0.0], [1.0, 1.0]):
+            trial = study.ask({"unit": CategoricalDistribution((0, 1))})
+            study.tell(trial, values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise SearchError(
+            f"the sampler '{name}' can't search loss and size together: {error}"
+        ) from error

@@ -7,7 +7,8 @@ first measured on a chunk that knows the incumbent: prediction and measurement, 
 decide. Where they agree steps grow, where a step fails it is halved. Where chunks are noisier than
 predictions, as at high bits, the step is taken on trust and corrected by the next gradients.
 
-With one question at a time it is deterministic.
+A budget is done when its steps have gained next to nothing for a while. With one question at a time
+it is deterministic.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ SURPRISING = 2.0  # errors that a failed step was off by, to ask where it went w
 GRADIENT = 4  # what a gradient costs, in measurements
 PROMISE, LITTLE = 0.1, 0.003  # gain that a budget is expected to make next, at first and at least
 FORGET = 0.7  # of that, at each step
+ENOUGH = 5e-4  # gain expected of another step at which a budget's search ends
+FLOOR, TINY = 1e-4, 1e-9  # of a unit's greatest loss; of errors
 CONFIDENCE, MOST = 1.0, 4  # errors at which a trial is decided, and chunks until it is anyhow
 DRAWS, PATIENCE = 8, 12  # to find an untried map, and failures in a row that end a budget's search
 GAP, SECONDS = 1e-3, 5.0
@@ -62,6 +65,7 @@ class _Descent:
     told: int = 0  # gradients
     spent: float = 0.0
     promise: float = PROMISE
+    done: bool = False
     fresh: bool = False  # a gradient has been told since the last step
     trust: float = TRUST
     proposals: int = 0
@@ -78,7 +82,9 @@ class Refinement(Strategy):
     def __init__(self, setting: Setting) -> None:
         self._setting, self._problem = setting, setting.problem
         self._rows = np.arange(len(self._problem.loss))
-        prior = np.where(self._problem.offered, self._problem.loss, 0.0).clip(min=0)
+        loss = np.where(self._problem.offered, self._problem.loss, 0.0)
+        # differences of measurements may come out negative; only what is exactly zero is lossless
+        prior = np.where(loss < 0, FLOOR * loss.max(axis=1, keepdims=True).clip(min=0), loss)
         self._fields = Fields(prior)
         self._generator = np.random.default_rng(setting.seed)
         self._order = self._generator.permutation(setting.chunks).tolist()
@@ -87,7 +93,10 @@ class Refinement(Strategy):
         self.log = []
         for limit, maps in setting.starts.items():
             first, *others = [choice.astype(np.intp) for choice in maps]
-            self._descents.append(_Descent(limit, first, others, history=[first]))
+            descent = _Descent(limit, first, others, history=[first])
+            descent.done = not prior[self._rows, first].any()  # nothing to be better than
+            self._descents.append(descent)
+        self._told: dict[tuple[bytes, int], float] = {}  # gradients
 
     def ask(self) -> Question | None:
         """See `Strategy.ask`: the budget that has had least for what it promises.
@@ -95,7 +104,8 @@ class Refinement(Strategy):
         One that awaits nothing, if possible.
         """
         awaited = [id(d) for descents in self._waiting.values() for d in descents]
-        for descent in sorted(self._descents, key=lambda d: (awaited.count(id(d)), d.spent)):
+        going = [descent for descent in self._descents if not descent.done]
+        for descent in sorted(going, key=lambda d: (awaited.count(id(d)), d.spent)):
             if (question := self._wanted(descent)) is not None:
                 self._waiting.setdefault(_key(question), []).append(descent)
                 cost = GRADIENT if question.slopes else 1
@@ -108,6 +118,7 @@ class Refinement(Strategy):
         descent = self._waiting[_key(question)].pop(0)
         if slopes is not None:
             self._fields.see(question.choice, question.chunk, loss, np.nan_to_num(slopes))
+            self._told[question.choice.tobytes(), question.chunk] = loss
             descent.told += 1
             descent.fresh = True
             if np.array_equal(question.choice, descent.incumbent):
@@ -137,9 +148,17 @@ class Refinement(Strategy):
         for _ in self._order:
             chunk = self._order[descent.turn % len(self._order)]
             descent.turn += 1
-            if chunk not in descent.sloped:
-                descent.sloped.add(chunk)
-                return Question(descent.incumbent, chunk, slopes=True)
+            question = Question(descent.incumbent, chunk, slopes=True)
+            if chunk in descent.sloped or self._waiting.get(_key(question)):
+                continue
+            descent.sloped.add(chunk)
+            known = self._told.get((descent.incumbent.tobytes(), chunk))
+            if known is None:
+                return question
+            descent.losses[chunk] = known  # another budget has the same map
+            descent.told += 1
+            descent.fresh = True
+            return self._wanted(descent)
         if descent.trial is None and len(descent.losses) == len(self._order):
             self._explore(descent)
             return self._trial(descent, descent.trial) if descent.trial else None
@@ -199,7 +218,7 @@ class Refinement(Strategy):
         """The map that another budget's incumbent becomes when it has to fit into this one."""
         choices = []
         for other in self._descents:
-            if not np.array_equal(other.incumbent, descent.incumbent):
+            if not (other.done or np.array_equal(other.incumbent, descent.incumbent)):
                 table = self._fields.around(other.incumbent).table
                 choices.append(self._solve(descent, other.incumbent, table, len(self._rows)))
         new = [c for c in choices if c is not None and c.tobytes() not in descent.rejected]
@@ -233,7 +252,7 @@ class Refinement(Strategy):
         step, count = trial.step, len(trial.losses)
         pairs = [(trial.losses[c], descent.losses[c]) for c in trial.asked if c in trial.losses]
         found = float(np.mean([np.log(max(new, 1e-9) / max(old, 1e-9)) for new, old in pairs]))
-        weights = step.error**-2, count * step.noise**-2
+        weights = max(step.error, TINY) ** -2, count * max(step.noise, TINY) ** -2
         mean = (step.change * weights[0] + found * weights[1]) / sum(weights)
         more = [c for c in descent.losses if c not in trial.asked]
         if more and count < MOST and abs(mean) < CONFIDENCE * sum(weights) ** -0.5:
@@ -266,6 +285,7 @@ class Refinement(Strategy):
     @staticmethod
     def _promises(descent: _Descent, change: float) -> None:
         descent.promise = FORGET * descent.promise + (1 - FORGET) * max(0.0, -change)
+        descent.done = descent.promise < ENOUGH
 
     def _take(self, descent: _Descent, choice: Choice, step: Step) -> None:
         """A step on trust, if its gain is likely enough."""
@@ -274,6 +294,8 @@ class Refinement(Strategy):
             self._promises(descent, step.change)
             self._lengthen(descent)
             self._accept(descent, choice)
+        else:
+            self._promises(descent, 0.0)
 
     def _accept(self, descent: _Descent, choice: Choice) -> None:
         descent.incumbent, descent.losses, descent.sloped = choice, {}, set()

@@ -125,3 +125,19 @@ def test_a_map_of_formats_meets_maps_of_bits(contest, tmp_path):
     named.write_text(json.dumps(dict.fromkeys(given, "int3-g31")))
     with pytest.raises(BitfrontError, match="int3-g31"):
         compare(both, store, "none", Silent())
+
+
+def test_what_maps_say_of_other_linears_is_nobodys_business(contest, tmp_path):
+    """Files of other tools list the head, too; and a budget named twice is one."""
+    given = json.loads(contest.maps[0].read_text())
+    path = tmp_path / "head.json"
+    path.write_text(json.dumps({**given, "lm_head": 16}))
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    asked = replace(contest, maps=(path,), budgets=(3.9, 3.9), random=0)
+    assert [e.name for e in compare(asked, store, "none", Silent()) if e.kind == GIVEN] == ["head"]
+
+
+def test_a_quantizer_that_learns_needs_another_text_than_the_one_it_is_judged_by(contest, tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    with pytest.raises(BitfrontError, match="--calibration-text"):
+        compare(replace(contest, quantizer="gptq"), store, "none", Silent())

@@ -15,6 +15,7 @@ from bitfront.pipeline import run_search
 from bitfront.plan import make_plan, settled
 from bitfront.progress import Silent
 from bitfront.report import write_report
+from quantization.errors import MeasurementError
 from sensitivity import ESTIMATORS
 from store.database import Store
 from store.queries import find_job
@@ -157,3 +158,33 @@ def test_the_command(audited, bitfront_command):
     assert bad.returncode == 1
     assert "nearest: fisher" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_an_estimator_that_fails_leaves_the_others_tables_alone(
+    tiny_folders, tmp_path, monkeypatch
+):
+    """Its open tasks must not answer for those of the next ones."""
+    from workers.session import Session
+
+    honest = Session.estimate
+
+    def estimate(self, estimator, chunks, share):
+        if estimator == "output-error":
+            raise MeasurementError("not of this model")
+        return honest(self, estimator, chunks, share)
+
+    config = small_config(tiny_folders("llama"), **{"texts.calibration.chunks": 12})
+    names = ("output-error", "fisher", "fisher-quantized", "row-fisher")
+    found = []
+    for broken in (True, False):
+        with monkeypatch.context() as patch:
+            if broken:
+                patch.setattr(Session, "estimate", estimate)
+            store = Store(f"sqlite:///{tmp_path}/{broken}.sqlite").open()
+            options = AuditOptions(names if broken else names[1:], 4, 0, 2)
+            job = run_audit(make_plan(config), store, InProcessPool, Silent(), options)
+        audit = job.facts["audit"]
+        assert ("output-error" in audit["unable"]) == broken
+        found.append({e["name"]: e["spearman"] for e in audit["estimators"]})
+    for name in names[1:]:
+        assert found[0][name] == found[1][name]

@@ -1,16 +1,18 @@
 """The refinement stage of a whole search: better maps, within budget, resumed from the store."""
 
+import numpy as np
 import pytest
 
-from bitfront.config import ConfigError
+from bitfront.config import ConfigError, Menu
 from bitfront.fronts import load_front, losses
 from bitfront.pipeline import run_search
 from bitfront.plan import make_plan
 from bitfront.progress import Silent
-from bitfront.refining import SLOPES
+from bitfront.refining import SLOPES, _keys
 from bitfront.run import Run
 from quantization.errors import BankError, MeasurementError
 from search.errors import SearchError
+from search.strategies import Question
 from store.database import Store
 from store.queries import candidates_of, find_job
 from store.tables import SensitivityShare
@@ -141,3 +143,52 @@ def test_other_strategies_drive_the_same_workers(tiny_folders, tmp_path, strateg
 def test_an_unknown_strategy_is_refused_before_anything_runs(tiny_folders):
     with pytest.raises(SearchError, match="no strategy 'genetic'"):
         make_plan(small_config(tiny_folders("llama"), **{"refinement.strategy": "genetic"}))
+
+
+def test_what_was_found_before_a_failure_counts(tiny_folders, refined, tmp_path):
+    """NaN on one map after many questions: the job has the better maps, and says why it stopped."""
+
+    class Failing(InProcessPool):
+        slopes = 0
+
+        def next(self) -> Outcome:
+            outcome = super().next()
+            if outcome.task.method != "slopes":
+                return outcome
+            self.slopes += 1
+            if self.slopes > 30:
+                return Outcome(outcome.task, error=MeasurementError("NaN"))
+            return outcome
+
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    plan = make_plan(small_config(tiny_folders("llama"), **REFINED, seed=5))
+    # only the refinement fails, so everything before it comes from the store of the whole job
+    job = find_job(store, run_search(plan, store, Failing, Silent()))
+    facts = job.facts["refinement"]
+    assert facts["failed"] == "NaN"
+    assert any(entry["changed"] for entry in facts["budgets"])
+    assert [c for c in candidates_of(store, job.id) if c.origin.startswith("refined")]
+
+
+def test_slopes_are_kept_by_what_every_unit_is_offered(tiny_folders):
+    """A job that forbids a scheme stores nothing of it, which must not pass for zero elsewhere."""
+    folder, keys = tiny_folders("llama"), []
+    menu = {"schemes": ["int2-g32", "int4-g32"], "pinned": {"embedding": "bf16", "head": "bf16"}}
+    for forbidden in ({}, {"*.down_proj": ["int2-g32"]}):
+        config = small_config(folder).model_copy(
+            update={"menu": Menu.model_validate({**menu, "forbidden": forbidden})}
+        )
+        plan = make_plan(config)
+        choice = plan.offered.argmin(axis=1) * 0 + plan.offered.shape[1] - 1
+        choice = np.where(
+            plan.offered[np.arange(len(choice)), choice], choice, plan.offered.argmax(1)
+        )
+        run = Run(plan, None, None, Silent(), None)
+        keys.append(_keys(run, Question(choice, 0, slopes=True)))
+    assert keys[0][0] == keys[1][0]
+    assert keys[0][1] != keys[1][1]
+
+
+def test_how_to_refine_without_how_long_is_refused(tiny_folders):
+    with pytest.raises(ConfigError, match="--refine"):
+        make_plan(small_config(tiny_folders("llama"), **{"refinement.strategy": "evolve"}))

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from search import highs
 from search.controls import random_at, uniform
 from search.dynamic import solve_dynamic
-from search.errors import InfeasibleBudgetError
+from search.errors import InfeasibleBudgetError, SearchError
 from search.exact import solve, solve_plain, sweep
 from search.greedy import solve_greedy, solve_greedy_several
 from search.lagrangian import hull_steps, relax
@@ -207,3 +208,22 @@ def test_problems_are_checked():
         Problem(np.zeros((1, 1)), {}, np.zeros((1, 1), dtype=bool))
     with pytest.raises(ValueError, match="no finite loss"):
         Problem(np.full((1, 1), np.nan), {}, np.ones((1, 1), dtype=bool))
+
+
+def test_tolerance_of_highs_is_no_proof(monkeypatch):
+    """A solution that breaks a limit by tolerance, and nothing within the tightened one."""
+    rng = np.random.default_rng(0)
+    cost = rng.integers(1, 40, (6, 3))
+    problem = Problem(rng.lognormal(0, 2, (6, 3)), {"bytes": cost}, np.ones((6, 3), bool))
+    limit = {"bytes": int(cost.min(axis=1).sum()) + 1}
+    answers = iter([problem.costs["bytes"].argmax(axis=1)])
+
+    def program(problem, rooms, open_, free, *_):
+        for choice in answers:
+            return choice[free], 0.0
+        raise highs.NothingFitsError("no assignment is within the limits")
+
+    monkeypatch.setattr(highs, "_program", program)
+    with pytest.raises(SearchError, match="tolerance") as caught:
+        highs.minimise(problem, limit, problem.offered, 1e-9)
+    assert not isinstance(caught.value, highs.NothingFitsError)

@@ -1,12 +1,15 @@
 """Strategies on a model small enough to know: errors that meet, text that is noisy, a loss that saturates."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from search.errors import SearchError
 from search.exact import sweep
 from search.problem import Problem
-from search.strategies import Setting, make_strategy
+from search.strategies import Setting, check_strategy, make_strategy
+from search.strategies.optuna_study import WIDTH as WIDTH_OF_TRIALS
 from search.strategies.surrogate import best_of
 
 UNITS, SCHEMES, WIDTH, CHUNKS = 24, 4, 12, 8
@@ -142,6 +145,83 @@ def test_an_optuna_study_lasts_and_starts_with_the_solvers_front(tmp_path):
         assert [t.values[1] for t in done[:2]] == costs
         assert all(t.constraints for t in done)
     assert counts[1] > counts[0] >= 5
+
+
+def test_a_second_run_of_a_study_knows_the_best_of_the_first(tmp_path):
+    model, url = Model(2), f"sqlite:///{tmp_path}/study.sqlite"
+    solved = zip(model.budgets, sweep(model.problem, "bits", model.budgets), strict=True)
+    setting = Setting(model.problem, "bits", {b: [s.choice] for b, s in solved}, CHUNKS)
+
+    def loss(choice):
+        return np.mean([model.loss(choice, j) for j in model.maps[:WIDTH_OF_TRIALS]])
+
+    def run(questions):
+        strategy = make_strategy("optuna:NSGAIISampler", setting, url, "study")
+        for _ in range(questions):
+            question = strategy.ask()
+            strategy.tell(question, model.loss(question.choice, model.maps[question.chunk]))
+        return [loss(strategy.best(b)) for b in model.budgets], strategy
+
+    first, _ = run(400)
+    starts = [loss(setting.starts[b][0]) for b in model.budgets]
+    assert all(found < start for found, start in zip(first, starts, strict=True))
+    again, resumed = run(0)
+    assert again == first
+    assert not [t for t in resumed.study.trials if t.state.name == "RUNNING"]
+    later, _ = run(100)
+    assert all(now <= before for now, before in zip(later, first, strict=True))
+
+
+@pytest.mark.parametrize("sampler", ["GridSampler", "CmaEsSampler"])
+def test_samplers_that_cant_search_two_objectives_are_refused_at_once(sampler):
+    with pytest.raises(SearchError, match=sampler):
+        check_strategy(f"optuna:{sampler}")
+
+
+def test_a_package_of_optunahub_is_loaded_by_its_name(monkeypatch):
+    """Its network is out of reach here, so its loader is stood in for."""
+    import optuna
+
+    class Hub:
+        @staticmethod
+        def load_module(package):
+            if package != "samplers/mine":
+                raise OSError("offline")
+            return type("Package", (), {"Mine": optuna.samplers.RandomSampler})
+
+    monkeypatch.setitem(sys.modules, "optunahub", Hub)
+    check_strategy("optuna:samplers/mine:Mine")
+    with pytest.raises(SearchError, match="offline"):
+        check_strategy("optuna:samplers/absent:Mine")
+
+
+def test_a_lossless_start_is_left_alone_and_the_others_are_searched():
+    """A budget with room for full precision beside one that has to choose."""
+    model = Model(1)
+    model.problem.loss[:, -1] = 0.0
+    model.errors[:, -1] = 0.0
+    model.budgets[1] = int(model.cost.max(1).sum())
+    refinement, starts = model.refine(120)
+    low, high = model.budgets
+    assert (refinement.best(high) == SCHEMES - 1).all()
+    assert model.loss(refinement.best(low), model.mean) < model.loss(starts[low], model.mean)
+
+
+def test_scores_below_zero_are_no_free_choices():
+    """Differences of measurements, such as flips from a quantized base, may come out negative."""
+    model = Model(2)
+    model.problem.loss[:4, -1] = -1e-3
+    refinement, starts = model.refine(200)
+    for budget in model.budgets:
+        best = refinement.best(budget)
+        assert model.loss(best, model.mean) < model.loss(starts[budget], model.mean)
+
+
+def test_a_search_that_gains_no_more_ends():
+    """Where text is left, too: no more questions once steps buy next to nothing."""
+    model = Model(3)
+    refinement, _ = model.refine(5000)
+    assert refinement.ask() is None
 
 
 @pytest.mark.parametrize("name", ["absent", "optuna:AbsentSampler", "optuna:optuna.samplers:Study"])

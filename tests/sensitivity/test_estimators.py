@@ -158,9 +158,10 @@ def test_mixllm_takes_the_texts_labels_and_the_first_order(make_bank):
     check(whole("mixllm", model, choices), by_gradients(model, choices, backward, score))
 
 
-def test_gradient_weighs_output_errors_by_the_losss_gradient(make_bank):
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "cohere"])
+def test_gradient_weighs_output_errors_by_the_losss_gradient(make_bank, family):
     """ModelOpt's form with outputs and their gradients caught by ordinary hooks."""
-    model = AssembledModel(make_bank("llama"), CPU)
+    model = AssembledModel(make_bank(family), CPU)
     layout, choices = model.bank.layout, choices_of(model.bank.layout)
     found = unshrunk(whole("gradient", model, choices))
     model.assign(None)

@@ -161,3 +161,14 @@ def test_nan_comes_back_as_an_error(spec, monkeypatch):
 def test_an_unreachable_cluster_is_one_line(spec):
     with pytest.raises(WorkerError, match="can't connect to Ray at '127.0.0.1:1'"):
         RayPool(spec, address="127.0.0.1:1")
+
+
+def test_tasks_that_are_left_early_never_answer_for_others(pool, spec):
+    """Whoever goes on after an error gets the outcomes of what it asked for."""
+    with pytest.raises(RuntimeError, match="enough"):
+        for _ in pool.run(measurements(spec)):
+            raise RuntimeError("enough")
+    outcomes = list(pool.run([Task("noise_floor", {"ids": IDS[0]}, label="mine")]))
+    assert [outcome.task.label for outcome in outcomes] == ["mine"]
+    with pytest.raises((LookupError, IndexError)):
+        pool.next()

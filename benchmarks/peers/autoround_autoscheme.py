@@ -3,7 +3,7 @@
 In an environment of its own:
 
     python -m venv AR && AR/bin/pip install auto-round transformers accelerate torch
-    AR/bin/python benchmarks/peers/autoround.py MODEL_DIR TEXT OUT_DIR
+    AR/bin/python benchmarks/peers/autoround_autoscheme.py MODEL_DIR TEXT OUT_DIR
 """
 
 from maps import BITS, GROUP, SHARED, arguments, linears, load, tokens, write  # isort: split

@@ -3,7 +3,7 @@
 In an environment of its own:
 
     python -m venv MO && MO/bin/pip install nvidia-modelopt transformers accelerate torch
-    MO/bin/python benchmarks/peers/modelopt.py MODEL_DIR TEXT OUT_DIR [--method gradient|kl_div]
+    MO/bin/python benchmarks/peers/modelopt_autoquantize.py MODEL_DIR TEXT OUT_DIR [--method gradient|kl_div]
 """
 
 from typing import Any

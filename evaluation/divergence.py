@@ -14,6 +14,7 @@ On SmolLM2 this agrees with float32 to four digits at 8 bits, where the textbook
 A block of tokens at a time keeps the logits in cache and off the heap.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +135,37 @@ def divergence(
     return Loss(kl, nll, len(p_TH))
 
 
+@torch.inference_mode()
+def divergence_with_gradient(
+    head: Head, p_TH: Tensor, q_TH: Tensor, targets_T: Tensor, q_weight: Tensor
+) -> tuple[Loss, Tensor]:
+    """`divergence`, and its KL's gradient by `q_TH`, for one more product: (q - p) W_q.
+
+    Only for heads that are linear.
+    """
+    assert head.scale is not None
+    block = max(1, BLOCK_BYTES // (4 * head.weight.shape[0]))
+    kl = nll = 0.0
+    gradient_TH = torch.empty_like(q_TH)
+    for start in range(0, len(p_TH), block):
+        part = slice(start, start + block)
+        by_logits: list[Tensor] = []
+        kl_N, nll_N = _block(
+            head, p_TH[part], q_TH[part], targets_T[part], q_weight, by_logits.append
+        )
+        kl += kl_N.double().sum().item()
+        nll += nll_N.double().sum().item()
+        gradient_TH[part] = by_logits[0].to(q_weight.dtype) @ q_weight * head.scale
+    return Loss(kl, nll, len(p_TH)), gradient_TH
+
+
 def _block(
-    head: Head, p_NH: Tensor, q_NH: Tensor, targets_N: Tensor, q_weight: Tensor
+    head: Head,
+    p_NH: Tensor,
+    q_NH: Tensor,
+    targets_N: Tensor,
+    q_weight: Tensor,
+    differentiate: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     z_NV = head.logits(p_NH, head.weight).float()
     d_NV = head.difference(p_NH, q_NH, z_NV, q_weight)
@@ -147,6 +177,8 @@ def _block(
     mean_d_N = torch.linalg.vecdot(e_NV, d_NV) / mass_N
     shifted_N = torch.linalg.vecdot(e_NV, d_NV.sub_(shift_N).exp_())
     log_q_mass_N = shifted_N.log() + shift_N[:, 0]
+    if differentiate:  # q - p
+        differentiate(d_NV.div_(shifted_N[:, None]).sub_(1 / mass_N[:, None]).mul_(e_NV))
     return log_q_mass_N - mass_N.log() - mean_d_N, log_q_mass_N - q_target_N
 
 

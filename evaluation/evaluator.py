@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evaluation.assembly import AssembledModel
-from evaluation.divergence import Head, Loss, divergence
+from evaluation.divergence import Head, Loss, divergence, divergence_with_gradient
 from quantization.bank import Bank
 from quantization.cache import cache_dir, write_whole
 from quantization.checkpoints import load_model
@@ -74,7 +74,27 @@ class Evaluator:
         Raises:
             MeasurementError: NaN or infinity in the logits (of `whose`, a candidate's by default).
         """
-        loss = self.compare(p_TH, q_TH, ids, self.head.assigned_weight)
+        return self._checked(self.compare(p_TH, q_TH, ids, self.head.assigned_weight), whose)
+
+    def loss_with_gradient(
+        self, p_TH: Tensor, q_TH: Tensor, ids: Ids
+    ) -> tuple[Measurement, Tensor | None]:
+        """`loss`, and its KL's gradient by `q_TH`; None where the head is not linear.
+
+        Raises:
+            MeasurementError: NaN or infinity in the logits.
+        """
+        head = self.head
+        if head.scale is None:
+            return self.loss(p_TH, q_TH, ids), None
+        targets = torch.from_numpy(ids[1:]).to(self.model.device)
+        loss, gradient = divergence_with_gradient(
+            head, p_TH[:-1], q_TH[:-1], targets, head.assigned_weight
+        )
+        nothing = torch.zeros_like(gradient[:1])  # the last token predicts nothing
+        return self._checked(loss), torch.cat([gradient, nothing])
+
+    def _checked(self, loss: Loss, whose: str | None = None) -> Measurement:
         if not np.isfinite([loss.kl_sum, loss.nll_sum]).all():
             raise MeasurementError(
                 f"NaN or infinity in the logits of {whose or 'a candidate'} in "

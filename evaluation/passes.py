@@ -105,14 +105,23 @@ class Passes:
         del self.states[index + 1 :]
 
     def backward(
-        self, probe: Probe, probes: int, watch: Watch, stop: int = 0
+        self,
+        probe: Probe,
+        probes: int,
+        watch: Watch,
+        stop: int = 0,
+        given: list[list[Tensor]] | None = None,
     ) -> Iterator[tuple[int, int, list[tuple[Tensor, ...]]]]:
         """From the last block to block `stop`, after a `forward` that kept its states.
+
+        The gradients by the states after the last block (C x P) are those of `probe`, or `given`.
 
         Yields block, chunk and, for each probe, the gradients by what `watch` gave; the block's
         weights are loaded until all chunks have been through it.
         """
-        self.gradients = [self._by_final_states(c, probe, probes) for c in range(len(self.ids))]
+        self.gradients = given or [
+            self._by_final_states(c, probe, probes) for c in range(len(self.ids))
+        ]
         for index in reversed(range(stop, len(self.blocks))):
             self.blocks.load(index, self.schemes)
             before = self.states[index]

@@ -89,11 +89,15 @@ class _KLGradient(WeightGradient):
         """The map."""
         return self._schemes
 
-    def arrived(self, passes: Passes) -> None:
-        """The map's loss, from the final hidden states of the forward pass."""
-        with torch.no_grad():
-            q_TH = passes.blocks.finish(passes.ids[0], passes.states[-1][0])
-        self.loss = self._evaluator.loss(self._p_TH, q_TH, self._ids)
+    def arrived(self, passes: Passes) -> list[list[Tensor]] | None:
+        """The map's loss; where the head is linear, its gradient costs little more."""
+        last = passes.states[-1][0].detach().requires_grad_()
+        with torch.enable_grad():
+            q_TH = passes.blocks.finish(passes.ids[0], last)
+        self.loss, by_q_TH = self._evaluator.loss_with_gradient(
+            self._p_TH, q_TH.detach(), self._ids
+        )
+        return None if by_q_TH is None else [[*torch.autograd.grad(q_TH, last, by_q_TH)]]
 
     def contract(self, errors_SRC: Tensor, gradients_PRC: Tensor) -> Tensor:
         """Inner products."""

@@ -68,8 +68,9 @@ class WeightGradient(Estimator):
         units = model.bank.layout.units
         return [middle(unit, row) for unit, row in zip(units, choices, strict=True)]
 
-    def arrived(self, passes: Passes) -> None:
-        """Between the forward and the backward passes."""
+    def arrived(self, passes: Passes) -> list[list[Tensor]] | None:
+        """Between the forward and the backward passes; may give the gradients by the last states."""
+        return None
 
     def shares(self, units: int, chunks: int) -> list[Share]:
         """All units for a range of chunks: a backward pass reaches them all."""
@@ -119,8 +120,8 @@ class WeightGradient(Estimator):
         work = Work(bank.layout, own.shape[1], bank.dtype.itemsize, roomy=not bank.packed)
         with _differentiable(model, [u for units in wanted for u in units]):
             passes.forward(watch=watch if work.keeps_graphs(len(own)) else None)
-            self.arrived(passes)
-            for index, c, found in passes.backward(self.probe, self.probes, watch, stop):
+            given = self.arrived(passes)
+            for index, c, found in passes.backward(self.probe, self.probes, watch, stop, given):
                 held += found
                 if c + 1 == len(own):
                     self._add(table, model, choices, wanted[index], held, counts)

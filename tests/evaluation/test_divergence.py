@@ -45,6 +45,30 @@ def test_equals_the_textbook_in_float32(make_bank, family, scheme):
     assert found.tokens == len(IDS) - 1
 
 
+@pytest.mark.parametrize("family", ["llama", "cohere", "gemma2"])
+def test_the_gradient_by_the_final_states_is_autograds(make_bank, family):
+    """And the loss beside it is the measured one; a capped head has none, which is said."""
+    evaluator = Evaluator(make_bank(family), CPU)
+    schemes = schemes_of(evaluator.bank.layout, MENU[0])
+    p_TH = evaluator.reference(IDS)
+    evaluator.model.assign(schemes)
+    q_TH = evaluator.hidden(evaluator.model.module, IDS)
+    loss, found = evaluator.loss_with_gradient(p_TH, q_TH, IDS)
+    assert loss == evaluator.loss(p_TH, q_TH, IDS)
+    if family == "gemma2":
+        assert found is None
+        return
+    scale = evaluator.head.scale
+    weights = [w.detach().double() for w in (evaluator.head.weight, evaluator.head.assigned_weight)]
+    q_TH = q_TH.clone().double().requires_grad_()
+    p_TV, q_TV = (
+        (scale * h @ w.T)[:-1].log_softmax(-1)
+        for h, w in zip((p_TH.double(), q_TH), weights, strict=True)
+    )
+    (p_TV.exp() * (p_TV - q_TV)).sum().backward()
+    assert torch.allclose(found.double(), q_TH.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_heads_are_recognised(make_bank):
     assert Evaluator(make_bank("llama"), CPU).head.scale == 1.0
     assert Evaluator(make_bank("gemma2"), CPU).head.scale is None

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 IDS = np.random.default_rng(0).integers(0, 64, 24)
 
 
-@pytest.fixture(params=["llama", "mixtral"])
+@pytest.fixture(params=["llama", "mixtral", "gemma2"])  # the last with a head that is capped
 def evaluator(make_bank, request):
     return Evaluator(make_bank(request.param), CPU)
 

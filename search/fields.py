@@ -14,7 +14,8 @@ To second order, the logarithm of a map's loss changes by a unit's errors in two
 The gradient at a map tells < g_u, e_us > for all units and schemes at once, which is beta_us where the
 unit has another scheme, and beta_us + 2 kappa f_us (1 + delta_us) where it has this one. Divided by
 sqrt(f_us), beta has the same variance s^2 for all entries, and so has the noise n^2 of one chunk of
-text. Both fade as maps part: errors of different schemes are nearly uncorrelated, so two maps' fields
+text; how a unit's variances compare with those is learned, too (some units meet all others, most
+few). Both fade as maps part: errors of different schemes are nearly uncorrelated, so two maps' fields
 correlate by what they share,
 
     rho(m, m') = sum_{u: m_u = m'_u} f_u / sqrt(sum f_m sum f_m'),   cov(beta, beta') = s s' rho^gamma,
@@ -42,7 +43,11 @@ WEIGHT = 1.0  # of the parameters' prior: the likelihood's entries aren't indepe
 LEVELS = -5.0, 1.3  # of log losses that parameters are told apart for
 POWER = 1.15  # of the loss by the estimator's sum, until two levels are seen
 DELTA = 0.4  # standard deviation of delta
-SYSTEMATIC = 0.3  # standard error of a predicted step, of itself: fields change on the way
+SIGNALS = np.linspace(-2.5, 2.5, 11)  # log of how a unit's field compares with s^2: heavy-tailed
+NOISES = np.linspace(-0.7, 0.7, 5)  # and its noise with n^2
+HEAVY, UNEVEN = 1.0, 0.45  # standard deviations of both
+TEMPER = 0.7  # of a unit's evidence: its schemes' entries aren't quite independent
+SYSTEMATIC, BENT = 0.3, 0.35  # of a step, and of its field: what changes on the way
 OUTLIER = 1.5  # times the usual variance, beyond which an observation is noise
 STEPS = 15  # of the fit; it goes on where the last one ended
 
@@ -54,20 +59,30 @@ class Local:
     Args:
         table: U x S, change of the log loss; only differences within a unit count.
         field: beta (U x S).
-        known: share of the field's variance that observations explain.
+        unknown: variance of the field over f that observations leave open (U).
+        known: share of the field's variance that they explain, over all units.
     """
 
     table: Floats
     field: Floats
+    unknown: Floats
     known: float
 
 
 @dataclass(frozen=True)
 class Step:
-    """A predicted change of the log loss, its standard error, and that of one chunk's measurement."""
+    """A predicted change of the log loss.
+
+    Args:
+        change: expected over all texts.
+        error: its standard error.
+        bend: the part of that which comes of changes on the way: a measurement on any chunk tells it.
+        noise: standard deviation of one chunk's change around that of all texts.
+    """
 
     change: float
     error: float
+    bend: float
     noise: float
 
 
@@ -81,6 +96,7 @@ class Fields:
     def __init__(self, prior: Floats) -> None:
         self._prior, self._rows = prior, np.arange(len(prior))
         self._entries = np.flatnonzero(prior > 0)
+        self._unit = self._entries // prior.shape[1]  # of each entry
         self._choices: list[Choice] = []
         self._chunks: list[int] = []
         self._losses: list[float] = []
@@ -133,12 +149,17 @@ class Fields:
                 options={"maxiter": STEPS},
             ).x  # fmt: skip
         signal, noise = self._covariances(self._parameters)
-        self._inverse = np.linalg.inv(signal + noise)
+        # both diagonal: noise one, signal `spectrum`, so that units with other variances cost nothing
+        whiten = np.linalg.inv(np.linalg.cholesky(noise))
+        spectrum, turn = np.linalg.eigh(whiten @ signal @ whiten.T)
+        self._spectrum, self._turn = spectrum.clip(min=0), turn.T @ whiten
         kappa = self._kappa(self._levels)[:, None]
         variance = np.diag(noise) + 0.3 * np.diag(signal)
         self._delta = np.zeros(len(self._entries))
         for _ in range(2):  # what own entries tell of delta, and then what is left of the fields
-            self._weights = self._inverse @ (given - 2 * kappa * own * (1 + self._delta))
+            turned = self._turn @ (given - 2 * kappa * own * (1 + self._delta))
+            self._even(turned)
+            self._weights = self._turn.T @ (self._gain[self._unit].T * turned)
             left = given - 2 * kappa * own - signal @ self._weights
             told = 2 * kappa * own / variance[:, None]
             self._delta = (told * left).sum(0) / ((told * 2 * kappa * own).sum(0) + DELTA**-2)
@@ -158,15 +179,17 @@ class Fields:
         field_US = field.reshape(share.shape) * np.sqrt(share)
         kappa = self._kappa(np.array([level]))
         table = field_US + kappa * share * own.reshape(share.shape)
-        return Local(table, field_US, float(towards @ self._inverse @ towards / s[-1] ** 2))
+        explained = self._told @ np.square(self._turn @ towards)
+        variance = self._signal * s[-1] ** 2
+        unknown = (variance - explained).clip(min=0)
+        return Local(table, field_US, unknown, float(1 - unknown.sum() / variance.sum()))
 
     def draw(self, choice: Choice, generator: np.random.Generator) -> Floats:
         """A table around a map that might as well be true."""
         around = self.around(choice)
         share = self._relative(choice)
-        s, _, _ = self._scales(np.array([self._level(choice)]), self._parameters)
         own = SYSTEMATIC * np.abs(around.table - around.field)
-        unknown = s[0] ** 2 * share * max(0.0, 1 - around.known) + own**2
+        unknown = share * around.unknown[:, None] + own**2
         drawn = around.table + generator.standard_normal(share.shape) * np.sqrt(unknown)
         return np.asarray(drawn)
 
@@ -178,13 +201,62 @@ class Fields:
             change += 0.5 * float(
                 (end.table[self._rows, after] - end.table[self._rows, before]).sum()
             )
-        moved = before != after
         share, level = self._relative(before), self._level(before)
-        size = float((share[self._rows, after] + share[self._rows, before])[moved].sum())
+        sizes = np.where(before != after, share[self._rows, after] + share[self._rows, before], 0.0)
         s, n, _ = self._scales(np.array([level]), self._parameters)
-        unknown = s[0] ** 2 * size * (1 - 0.5 * sum(end.known for end in ends))
-        error = float(np.sqrt(max(unknown, 0.0) + (SYSTEMATIC * change) ** 2))
-        return Step(change, error, float(n[0] * np.sqrt(size)))
+        unknown = np.sqrt(sizes @ (0.5 * (ends[0].unknown + ends[1].unknown)))
+        bend = np.hypot(SYSTEMATIC * change, BENT * s[0] * np.sqrt(sizes @ self._signal))
+        noise = n[0] * np.sqrt(sizes @ self._noise)
+        return Step(change, float(np.hypot(unknown, bend)), float(bend), float(noise))
+
+    def expects(self, before: Choice, after: Choice, chunk: int) -> tuple[float, float]:
+        """What a step should change on a chunk, and the standard error of that.
+
+        Where the chunk's gradient at the map before was seen, it says how this text differs from
+        others, before the step and, as far as noise lasts between the maps, after it: what is left
+        tells of the way.
+        """
+        step = self.step(before, after)
+        there = [
+            i for i, (choice, own) in enumerate(zip(self._choices, self._chunks, strict=True))
+            if own == chunk and np.array_equal(choice, before)
+        ]  # fmt: skip
+        if not there:
+            return step.change, step.noise
+        seen = there[-1]
+        local, share = self.around(before), self._relative(before)
+        kappa = self._kappa(self._levels[seen : seen + 1])
+        here = np.zeros(share.size)
+        left = self._gradients[seen] - 2 * kappa * self._own[seen] * (1 + self._delta)
+        here[self._entries] = left
+        apart = here.reshape(share.shape) * np.sqrt(share) - local.field
+        particular = float((apart[self._rows, after] - apart[self._rows, before]).sum())
+        gamma = self._scales(np.array([self._level(before)]), self._parameters)[2][0]
+        lasts = float(np.exp(-gamma * self._distances(after)[seen]))
+        error = 0.5 * step.noise * np.sqrt(1 - lasts**2) + 0.1 * step.noise
+        return step.change + 0.5 * (1 + lasts) * particular, float(error)
+
+    def _even(self, turned: Floats) -> None:
+        """How far to believe each unit: its signal and noise beside the common ones.
+
+        Averages over a grid of both, by prior and evidence. Sets `_gain` (U x N, from turned
+        observations to weights), `_told` (U x N, variance explained), `_signal` and `_noise` (U).
+        """
+        units = len(self._prior)
+        power = np.zeros((units, len(turned)))
+        np.add.at(power, self._unit, np.square(turned).T)
+        counts = np.bincount(self._unit, minlength=units)[:, None]
+        a, b = (x.ravel() for x in np.meshgrid(SIGNALS, NOISES, indexing="ij"))
+        prior = -0.5 * ((a / HEAVY) ** 2 + (b / UNEVEN) ** 2)
+        a, b = np.exp(a - 0.5 * HEAVY**2), np.exp(b - 0.5 * UNEVEN**2)
+        total = a[:, None] * self._spectrum + b[:, None]  # G x N
+        evidence = -0.5 * (counts * np.log(total).sum(1) + power @ (1 / total).T)  # U x G
+        logs = prior + TEMPER * evidence
+        weights = np.exp(logs - logs.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        self._gain = weights @ (a[:, None] / total)
+        self._told = weights @ (a[:, None] ** 2 / total)
+        self._signal, self._noise = weights @ a, weights @ b
 
     def _sum(self, choice: Choice) -> float:
         return float(self._prior[self._rows, choice].sum()) or 1e-300

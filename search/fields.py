@@ -49,6 +49,7 @@ HEAVY, UNEVEN = 1.0, 0.45  # standard deviations of both
 TEMPER = 0.7  # of a unit's evidence: its schemes' entries aren't quite independent
 SYSTEMATIC, BENT = 0.3, 0.35  # of a step, and of its field: what changes on the way
 OUTLIER = 1.5  # times the usual variance, beyond which an observation is noise
+JITTER = 1e-6  # variance of every observation at least, so that equal ones can be told apart
 STEPS = 15  # of the fit; it goes on where the last one ended
 
 
@@ -76,13 +77,11 @@ class Step:
     Args:
         change: expected over all texts.
         error: its standard error.
-        bend: the part of that which comes of changes on the way: a measurement on any chunk tells it.
         noise: standard deviation of one chunk's change around that of all texts.
     """
 
     change: float
     error: float
-    bend: float
     noise: float
 
 
@@ -207,34 +206,7 @@ class Fields:
         unknown = np.sqrt(sizes @ (0.5 * (ends[0].unknown + ends[1].unknown)))
         bend = np.hypot(SYSTEMATIC * change, BENT * s[0] * np.sqrt(sizes @ self._signal))
         noise = n[0] * np.sqrt(sizes @ self._noise)
-        return Step(change, float(np.hypot(unknown, bend)), float(bend), float(noise))
-
-    def expects(self, before: Choice, after: Choice, chunk: int) -> tuple[float, float]:
-        """What a step should change on a chunk, and the standard error of that.
-
-        Where the chunk's gradient at the map before was seen, it says how this text differs from
-        others, before the step and, as far as noise lasts between the maps, after it: what is left
-        tells of the way.
-        """
-        step = self.step(before, after)
-        there = [
-            i for i, (choice, own) in enumerate(zip(self._choices, self._chunks, strict=True))
-            if own == chunk and np.array_equal(choice, before)
-        ]  # fmt: skip
-        if not there:
-            return step.change, step.noise
-        seen = there[-1]
-        local, share = self.around(before), self._relative(before)
-        kappa = self._kappa(self._levels[seen : seen + 1])
-        here = np.zeros(share.size)
-        left = self._gradients[seen] - 2 * kappa * self._own[seen] * (1 + self._delta)
-        here[self._entries] = left
-        apart = here.reshape(share.shape) * np.sqrt(share) - local.field
-        particular = float((apart[self._rows, after] - apart[self._rows, before]).sum())
-        gamma = self._scales(np.array([self._level(before)]), self._parameters)[2][0]
-        lasts = float(np.exp(-gamma * self._distances(after)[seen]))
-        error = 0.5 * step.noise * np.sqrt(1 - lasts**2) + 0.1 * step.noise
-        return step.change + 0.5 * (1 + lasts) * particular, float(error)
+        return Step(change, float(np.hypot(unknown, bend)), float(noise))
 
     def _even(self, turned: Floats) -> None:
         """How far to believe each unit: its signal and noise beside the common ones.
@@ -290,7 +262,7 @@ class Fields:
         s, n, gamma = self._scales(self._levels, parameters)
         fade = np.exp(-np.sqrt(np.outer(gamma, gamma)) * self._distance)
         same = np.equal.outer(self._chunks, self._chunks)
-        return np.outer(s, s) * fade, np.outer(n, n) * fade * same + np.diag(self._noisy + 1e-8)
+        return np.outer(s, s) * fade, np.outer(n, n) * fade * same + np.diag(self._noisy + JITTER)
 
     def _squares(self, given: Floats, cross: Floats, own: Floats, kappa: Floats) -> Floats:
         """Products of residuals, given those of gradients and own entries (N x N)."""
@@ -309,9 +281,10 @@ class Fields:
         squares = self._squares(given, cross, own, self._kappa(self._levels, parameters))
         try:
             factor = np.linalg.cholesky(signal + noise)
+            inverse = np.linalg.inv(signal + noise)
         except np.linalg.LinAlgError:
             return 1e12
-        fit = float((np.linalg.inv(signal + noise) * squares).sum())
+        fit = float((inverse * squares).sum())
         spread = 2 * float(np.log(np.diag(factor)).sum())
         prior = float((((parameters - START) / SPREAD) ** 2).sum())
         return 0.5 * (fit + len(self._entries) * spread) + WEIGHT * prior

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from search import fields as fields_module
 from search.fields import Fields
 from tests.search.test_strategies import CHUNKS, SCHEMES, UNITS
 from tests.search.test_strategies import Model as Saturating
@@ -125,3 +126,29 @@ def test_a_model_about_to_break_does_not_drown_what_is_known():
     fields.see(at, CHUNKS, 1.0, 100 * model.slopes(at, 0))
     fields.fit()
     assert fields.around(at).table == pytest.approx(before, abs=0.1 * np.abs(before).max())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_units_that_meet_no_others_are_believed_less_than_those_that_meet_all(seed, monkeypatch):
+    """Gradients of six chunks, where a few units have nearly all of the signal."""
+    rng = np.random.default_rng(seed)
+    units, chunks = 60, 6
+    prior = rng.lognormal(0, 1, (units, SCHEMES))
+    at = np.ones(units, dtype=int)
+    share = prior / prior[np.arange(units), at].sum()
+    strong = rng.random(units) < 0.1
+    field = rng.standard_normal(prior.shape) * np.where(strong, 0.4, 0.02)[:, None]
+    own = np.zeros_like(prior)
+    own[np.arange(units), at] = 2 * 1.4 * np.sqrt(share[np.arange(units), at])
+    seen = [field + own + 0.1 * rng.standard_normal(prior.shape) for _ in range(chunks)]
+    errors = []
+    for heavy in (fields_module.HEAVY, 1e-6):
+        monkeypatch.setattr(fields_module, "HEAVY", heavy)
+        fields = Fields(prior)
+        for chunk, scaled in enumerate(seen):
+            fields.see(at, chunk, 2.2, 2.2 * scaled * np.sqrt(share))
+        found = fields.around(at)
+        other = np.ones(prior.shape, bool)
+        other[np.arange(units), at] = False
+        errors.append(np.square(found.field / np.sqrt(share) - field)[other].mean())
+    assert errors[0] < 0.75 * errors[1]

@@ -28,6 +28,7 @@ FIRST = 2  # gradients at the start before the first step
 TRUST, LEAST = 12, 2  # changes of a step, at first and at least
 GOOD, BAD = 0.7, 0.3  # measured gain of the predicted one, to take longer and shorter steps
 LONGER, SHORTER = 1.5, 0.5
+RECOVERY = 1.3  # of a shortened step, with each gradient more at the map that it failed from
 SURE = 0.5  # errors that a step on trust must be better by: texts differ in style, too
 TELLING = 0.7  # a prediction's error, of a measurement's, from which on a chunk judges
 SHARES = 1.0, 0.5, 0.25  # of the trusted changes that are compared by prediction
@@ -128,6 +129,7 @@ class Refinement(Strategy):
             descent.fresh = True
             if np.array_equal(question.choice, descent.incumbent):
                 descent.losses[question.chunk] = loss
+                descent.trust = max(descent.trust, min(TRUST, RECOVERY * descent.trust))
         elif np.array_equal(question.choice, descent.incumbent):
             descent.losses[question.chunk] = loss
         elif (trial := descent.trial) and np.array_equal(question.choice, trial.choice):

@@ -2,12 +2,10 @@
 
 Every budget has an incumbent, whose gradient is measured on one fresh chunk of text after the other.
 What all of them tell about errors that meet (`search.fields`) makes a table around each incumbent; the
-solver's optimum under it, within so many changes, is the next map. A step that a chunk can judge is first
-measured beside the incumbent, on text that no gradient is taken on: where one was, a step gains what it
-owes to that text's noise. Prediction and measurement, each by its own error, decide. Where they agree
-steps grow, where a step fails it is halved, and where it fails by surprise its own gradient is asked for.
-Where chunks are noisier than predictions, as at high bits, a likely step is taken on trust and corrected
-by the next gradients.
+solver's optimum under it, within so many changes, is the next map. A step that one chunk can judge is
+first measured on a chunk that knows the incumbent: prediction and measurement, each by its own error,
+decide. Where they agree steps grow, where a step fails it is halved. Where chunks are noisier than
+predictions, as at high bits, the step is taken on trust and corrected by the next gradients.
 
 A budget is done when its steps have gained next to nothing for a while. With one question at a time
 it is deterministic.
@@ -28,7 +26,6 @@ FIRST = 2  # gradients at the start before the first step
 TRUST, LEAST = 12, 2  # changes of a step, at first and at least
 GOOD, BAD = 0.7, 0.3  # measured gain of the predicted one, to take longer and shorter steps
 LONGER, SHORTER = 1.5, 0.5
-RECOVERY = 1.3  # of a shortened step, with each gradient more at the map that it failed from
 SURE = 0.5  # errors that a step on trust must be better by: texts differ in style, too
 TELLING = 0.7  # a prediction's error, of a measurement's, from which on a chunk judges
 SHARES = 1.0, 0.5, 0.25  # of the trusted changes that are compared by prediction
@@ -38,7 +35,6 @@ PROMISE, LITTLE = 0.1, 0.003  # gain that a budget is expected to make next, at 
 FORGET = 0.7  # of that, at each step
 ENOUGH = 5e-4  # gain expected of another step at which a budget's search ends
 FLOOR, TINY = 1e-4, 1e-9  # of a unit's greatest loss; of errors
-TESTS = 8  # chunks for trials, a quarter at most
 CONFIDENCE, MOST = 1.0, 4  # errors at which a trial is decided, and chunks until it is anyhow
 DRAWS, PATIENCE = 8, 12  # to find an untried map, and failures in a row that end a budget's search
 GAP, SECONDS = 1e-3, 5.0
@@ -91,9 +87,7 @@ class Refinement(Strategy):
         prior = np.where(loss < 0, FLOOR * loss.max(axis=1, keepdims=True).clip(min=0), loss)
         self._fields = Fields(prior)
         self._generator = np.random.default_rng(setting.seed)
-        order = self._generator.permutation(setting.chunks).tolist()
-        kept = min(TESTS, setting.chunks // 4)
-        self._order, self._tests = order[kept:], order[:kept] or order
+        self._order = self._generator.permutation(setting.chunks).tolist()
         self._waiting: dict[tuple[bytes, int, bool], list[_Descent]] = {}
         self._descents = []
         self.log = []
@@ -129,13 +123,8 @@ class Refinement(Strategy):
             descent.fresh = True
             if np.array_equal(question.choice, descent.incumbent):
                 descent.losses[question.chunk] = loss
-                descent.trust = max(descent.trust, min(TRUST, RECOVERY * descent.trust))
-        elif np.array_equal(question.choice, descent.incumbent):
-            descent.losses[question.chunk] = loss
         elif (trial := descent.trial) and np.array_equal(question.choice, trial.choice):
             trial.losses[question.chunk] = loss
-        trial = descent.trial
-        if trial and trial.losses and all(chunk in trial.losses for chunk in trial.asked):
             self._judge(descent, trial)
 
     def best(self, limit: int) -> Choice:
@@ -154,8 +143,8 @@ class Refinement(Strategy):
             return question
         if descent.trial is None and ready:
             self._challenge(descent)
-        if descent.trial and (tested := self._trial(descent, descent.trial)):
-            return tested
+        if descent.trial and len(descent.trial.losses) == len(descent.trial.asked):
+            return self._trial(descent, descent.trial)
         for _ in self._order:
             chunk = self._order[descent.turn % len(self._order)]
             descent.turn += 1
@@ -170,24 +159,16 @@ class Refinement(Strategy):
             descent.told += 1
             descent.fresh = True
             return self._wanted(descent)
-        at = descent.incumbent.tobytes()
-        if descent.trial is None and all((at, chunk) in self._told for chunk in self._order):
+        if descent.trial is None and len(descent.losses) == len(self._order):
             self._explore(descent)
             return self._trial(descent, descent.trial) if descent.trial else None
         return None
 
-    def _trial(self, descent: _Descent, trial: _Trial) -> Question | None:
-        """The incumbent or the candidate on a chunk for trials; None while answers are awaited."""
-        if len(trial.asked) > len(trial.losses):
-            return None
-        left = [c for c in self._tests if c not in trial.asked]
-        if not trial.asked or trial.asked[-1] in trial.losses:
-            known = [c for c in left if c in descent.losses]
-            if not known:
-                first = Question(descent.incumbent, left[0])
-                return None if self._waiting.get(_key(first)) else first
-            trial.asked.append(known[0])
-        return Question(trial.choice, trial.asked[-1])
+    def _trial(self, descent: _Descent, trial: _Trial) -> Question:
+        """The candidate on the latest chunk of the incumbent that it wasn't measured on."""
+        chunk = next(c for c in reversed(descent.losses) if c not in trial.asked)
+        trial.asked.append(chunk)
+        return Question(trial.choice, chunk)
 
     def _challenge(self, descent: _Descent) -> None:
         """Take a step on trust, or find the candidate of a trial."""
@@ -198,7 +179,7 @@ class Refinement(Strategy):
                 if descent.trust <= LEAST:
                     return
                 self._shorten(descent, choice)
-            elif step.error >= TELLING * step.noise:
+            elif step.error >= TELLING * step.noise and descent.losses:
                 descent.trial = _Trial(choice, step)
                 return
             else:
@@ -273,7 +254,7 @@ class Refinement(Strategy):
         found = float(np.mean([np.log(max(new, 1e-9) / max(old, 1e-9)) for new, old in pairs]))
         weights = max(step.error, TINY) ** -2, count * max(step.noise, TINY) ** -2
         mean = (step.change * weights[0] + found * weights[1]) / sum(weights)
-        more = [c for c in self._tests if c not in trial.asked]
+        more = [c for c in descent.losses if c not in trial.asked]
         if more and count < MOST and abs(mean) < CONFIDENCE * sum(weights) ** -0.5:
             return
         descent.trial = None

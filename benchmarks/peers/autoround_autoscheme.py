@@ -1,10 +1,13 @@
 """Intel AutoRound's AutoScheme as an allocator: maps in Track A's form.
 
-In an environment of its own:
+A draft: it runs, but the widths that it reads afterwards aren't those that AutoScheme chose (all are the
+smallest). In an environment of its own:
 
     python -m venv AR && AR/bin/pip install auto-round transformers accelerate torch
     AR/bin/python benchmarks/peers/autoround_autoscheme.py MODEL_DIR TEXT OUT_DIR
 """
+
+import json
 
 from maps import BITS, GROUP, SHARED, arguments, linears, load, tokens, write  # isort: split
 
@@ -19,12 +22,15 @@ def main() -> None:
     options = [
         QuantizationScheme(bits=b, group_size=GROUP, sym=True, data_type="int") for b in BITS
     ]
+    text = given.out / "text.json"  # it takes files of texts, and no ids
+    texts = [{"text": tokenizer.decode(chunk)} for chunk in tokens(given)]
+    text.write_text(json.dumps(texts))
     for bits in given.bits:
         model = load(given.model)
         sizes = linears(model)
         scheme = AutoScheme(avg_bits=bits, options=options, shared_layers=[*map(list, SHARED)])
         tuner = AutoRound(
-            model, tokenizer, scheme=scheme, dataset=list(tokens(given)), iters=0,
+            model, tokenizer, scheme=scheme, dataset=str(text), iters=0,
             nsamples=given.chunks, seqlen=given.length, batch_size=1, disable_opt_rtn=True,
         )  # fmt: skip
         tuner.quantize()

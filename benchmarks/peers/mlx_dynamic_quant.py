@@ -1,7 +1,7 @@
 """mlx-lm's dynamic_quant as an allocator: maps in Track A's form, by its own sensitivities.
 
 It knows two widths at a time and no fused linears: those that engines load as one get the mean of
-their sensitivities. In an environment of its own:
+their sensitivities. A draft: on two cores it hasn't been run to its end. In an environment of its own:
 
     python -m venv MLX && MLX/bin/pip install 'mlx[cpu]' mlx-lm transformers accelerate torch
     MLX/bin/python benchmarks/peers/mlx_dynamic_quant.py MODEL_DIR TEXT OUT_DIR

@@ -22,6 +22,7 @@ from bitfront.console import errors, print_json, print_table
 from bitfront.pipeline import measure, spec_of
 from bitfront.plan import Plan, make_plan
 from bitfront.progress import Lines, Progress, RichProgress
+from bitfront.proposals import candidate_of
 from bitfront.run import Run
 from bitfront.searching import open_pool
 from cost_models import weight_bytes
@@ -35,10 +36,11 @@ from search.problem import Choice
 from search.statistics import Interval, mean_interval, paired_difference
 from store.database import Store
 from store.queries import measurements
-from store.tables import Candidate, Job
+from store.tables import Job
 from workers.pool import Task
 
 SCALE_BITS = 16
+CALIBRATION = 32  # chunks, where something learns from them
 NEAR = 0.2  # bits that a control may lie below its budget
 SLACK = 1e-4  # bits that a map may lie above its budget: files round
 NULL, CONTROL, GIVEN = "random", "uniform", "given"
@@ -104,15 +106,17 @@ def compare(contest: Contest, store: Store, address: str, progress: Progress) ->
     Raises:
         BitfrontError: a map that isn't this model's, or that is above all budgets.
     """
+    _check_text(contest, _menu(contest))
     plan = _plan(contest, [])
     maps = {path: _read(path, contest, _linears(plan)) for path in contest.maps}
-    plan = _plan(contest, [format for given in maps.values() for format in given.values()])
-    _check_text(contest, plan)
+    if formats := {f for given in maps.values() for f in given.values()} - {*_menu(contest)}:
+        plan = _plan(contest, sorted(formats))
+        _check_text(contest, [scheme.weight for scheme in plan.menu])
     size = TextRequest(contest.text, contest.chunks, contest.length)
     text = consecutive(load_tokenizer(plan.checkpoint), size)
     competitors = _competitors(contest, plan, maps)
     spec = spec_of(plan, os.environ.get("BITFRONT_CACHE"))
-    candidates = {plan.map_hash(c): _candidate(plan, c) for *_, c in competitors}
+    candidates = {plan.map_hash(c): candidate_of(plan, 0, c, kind) for _, _, kind, c in competitors}
     with open_pool(spec, address, None) as pool:
         for outcome in pool.run([Task("prepare")]):
             if outcome.error:
@@ -125,17 +129,23 @@ def compare(contest: Contest, store: Store, address: str, progress: Progress) ->
     return _entries(bench, text, competitors)
 
 
-def _plan(contest: Contest, formats: Sequence[str]) -> Plan:
-    """A job whose menu has the maps' formats, the null's and the controls'."""
+def _menu(contest: Contest) -> list[str]:
+    """The formats of maps that say bits, and the controls'."""
     menu = [f"int{b}-g{contest.group}" for b in contest.bits]
-    menu += sorted(set(formats) - set(menu))
     finer = [(b, group) for b in contest.bits for group in contest.finer]
     menu += [f"int{b}-g{g}" for b, g in finer if _budget_near(contest, b + SCALE_BITS / g)]
-    small = {"source": contest.calibration or contest.text, "chunks": 32, "length": contest.length}
+    return list(dict.fromkeys(menu))
+
+
+def _plan(contest: Contest, formats: Sequence[str]) -> Plan:
+    """A job with that menu and more formats."""
+    source, chunks = (
+        (contest.calibration, CALIBRATION) if contest.calibration else (contest.text, 1)
+    )
     overrides: dict[str, Any] = {
-        "menu": ",".join(dict.fromkeys(menu)), "quantizer": contest.quantizer,
+        "menu": ",".join([*_menu(contest), *formats]), "quantizer": contest.quantizer,
         "budgets": sorted(set(contest.budgets)),
-        "texts.calibration": small,
+        "texts.calibration": {"source": source, "chunks": chunks, "length": contest.length},
     }  # fmt: skip
     return make_plan(load_config(contest.model, None, overrides))
 
@@ -180,11 +190,13 @@ def _competitors(
     return found
 
 
-def _check_text(contest: Contest, plan: Plan) -> None:
-    """Raise `ConfigError` where what is measured would have been calibrated on the same text."""
+def _check_text(contest: Contest, formats: Sequence[str]) -> None:
+    """Raise `ConfigError` where what is measured would be calibrated on no text, or on the same."""
     quantizer = QUANTIZERS[contest.quantizer]
-    learns = any(needs(quantizer, FORMATS[scheme.weight]) for scheme in plan.menu)
-    if learns and contest.calibration in (None, contest.text):
+    other = (
+        contest.calibration and Path(contest.calibration).resolve() != Path(contest.text).resolve()
+    )
+    if not other and any(needs(quantizer, FORMATS[name]) for name in formats):
         raise ConfigError(
             f"the quantizer {contest.quantizer} or a format of the maps learns from text; give "
             f"--calibration-text, another one than {contest.text}, which the maps are measured on"
@@ -233,15 +245,6 @@ def _choice(path: Path, given: dict[str, str], plan: Plan, columns: dict[str, in
             )
         choice[u] = column
     return choice
-
-
-def _candidate(plan: Plan, choice: Choice) -> Candidate:
-    return Candidate(
-        job_id=0, point=0, map_hash=plan.map_hash(choice), origin="", control=None,
-        schemes=[scheme.name for scheme in plan.schemes(choice)],
-        weight_bytes=plan.weight_bytes(choice), average_bits=plan.average_bits(choice),
-        finalist=False, failure=None,
-    )  # fmt: skip
 
 
 def _entries(

@@ -17,7 +17,6 @@ from bitfront.options import (
     StoreOption,
     WorkersOption,
     bytes_of,
-    keep_stdout_for_results,
     numbers_of,
     open_store,
     sizes_of,
@@ -369,7 +368,9 @@ def bench_allocators(
 
 def main() -> None:
     """The command `bitfront`: errors become one line and exit status 1."""
-    keep_stdout_for_results()
+    results = os.dup(1)  # C libraries (HiGHS) print to descriptor 1 when they like: drop that
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = os.fdopen(results, "w", encoding="utf-8", closefd=True)
     signal.signal(signal.SIGINT, _interrupt)
     try:
         try:

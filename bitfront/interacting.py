@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bitfront.fronts import INTERACTIONS
 from bitfront.plan import Plan
+from bitfront.proposals import candidate_of
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT
 from cost_models import weight_bytes
@@ -146,11 +147,6 @@ def _solved(run: Run, problem: Quadratic) -> list[Candidate]:
     for budget in plan.budgets:
         limits = {weight_bytes.RESOURCE: budget - plan.other_bytes, **plan.other_limits}
         choice = solve_quadratic(problem, limits, SECONDS).choice
-        found[plan.map_hash(choice)] = Candidate(
-            job_id=run.job.id, point=0, map_hash=plan.map_hash(choice),
-            origin=f"{INTERACTIONS}, at most {budget:,} bytes", control=None,
-            schemes=[scheme.name for scheme in plan.schemes(choice)],
-            weight_bytes=plan.weight_bytes(choice), average_bits=plan.average_bits(choice),
-            finalist=False,
-        )  # fmt: skip
+        origin = f"{INTERACTIONS}, at most {budget:,} bytes"
+        found[plan.map_hash(choice)] = candidate_of(plan, run.job.id, choice, origin)
     return list(found.values())

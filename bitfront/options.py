@@ -1,7 +1,5 @@
 """Options that several commands take, and how their texts are read."""
 
-import os
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -46,10 +44,3 @@ def open_store(url: str | None) -> Any:
     from store.database import Store, default_url
 
     return Store(url or default_url()).open()
-
-
-def keep_stdout_for_results() -> None:
-    """C libraries (HiGHS) print to descriptor 1 when they like; drop that."""
-    results = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = os.fdopen(results, "w", encoding="utf-8", closefd=True)

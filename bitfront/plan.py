@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitfront import rules
-from bitfront.config import DEMO, UNPROVEN, ConfigError, JobConfig
+from bitfront.config import DEMO, UNPROVEN, ConfigError, JobConfig, RefinementConfig
 from bitfront.demo import NAME, demo_model
 from cost_models import weight_bytes
 from evaluation.arithmetic import DTYPES, choose_dtype, memory_bytes
@@ -188,7 +188,7 @@ def make_plan(config: JobConfig) -> Plan:
         TRANSFORMS[config.transform]
     check_strategy(config.refinement.strategy)
     wanted = config.refinement
-    if not wanted.measurements and wanted != type(wanted)():
+    if not wanted.measurements and wanted != RefinementConfig():
         raise ConfigError(
             "refinement.strategy and refinement.minutes say how to refine, but "
             "refinement.measurements is 0; give --refine N, such as 500"

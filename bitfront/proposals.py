@@ -27,20 +27,8 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
         if any_problem.breaks(choice, plan.other_limits):
             return  # a control that the menu's rules forbid could end up as the answer
         found = plan.map_hash(choice)
-        candidate = candidates.setdefault(
-            found,
-            Candidate(
-                job_id=job_id,
-                point=len(candidates) + 1,
-                map_hash=found,
-                origin=origin,
-                control=control,
-                schemes=[scheme.name for scheme in plan.schemes(choice)],
-                weight_bytes=plan.weight_bytes(choice),
-                average_bits=plan.average_bits(choice),
-                finalist=False,
-            ),
-        )
+        new = candidate_of(plan, job_id, choice, origin, len(candidates) + 1, control)
+        candidate = candidates.setdefault(found, new)
         # a control with a certificate is what the solver would have chosen, too
         candidate.certificate = candidate.certificate or certificate
 
@@ -73,6 +61,18 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
             origin = f"{estimator}, at most {budget:,} bytes"
             add(solution.choice, origin, certificate=certificate)
     return list(candidates.values())
+
+
+def candidate_of(
+    plan: Plan, job_id: int, choice: Choice, origin: str, point: int = 0, control: str | None = None
+) -> Candidate:
+    """A map as a candidate of a job; one of a later stage gets its number when it is new."""
+    return Candidate(
+        job_id=job_id, point=point, map_hash=plan.map_hash(choice), origin=origin, control=control,
+        schemes=[scheme.name for scheme in plan.schemes(choice)],
+        weight_bytes=plan.weight_bytes(choice), average_bits=plan.average_bits(choice),
+        finalist=False,
+    )  # fmt: skip
 
 
 def _middle(sizes: list[int], count: int) -> list[int]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bitfront.fronts import REFINED
 from bitfront.plan import Plan
+from bitfront.proposals import candidate_of
 from bitfront.run import Run
 from bitfront.scoring import forecast_bytes
 from cost_models import weight_bytes
@@ -95,15 +96,8 @@ def _conclude(
         changed = plan.map_hash(best) != plan.map_hash(maps[0])
         budgets.append({"budget": budget, "changed": changed, "steps": steps})
         if changed:
-            found.append(
-                Candidate(
-                    job_id=run.job.id, point=0, map_hash=plan.map_hash(best),
-                    origin=f"{REFINED}, at most {budget:,} bytes", control=None,
-                    schemes=[scheme.name for scheme in plan.schemes(best)],
-                    weight_bytes=plan.weight_bytes(best), average_bits=plan.average_bits(best),
-                    finalist=False,
-                )
-            )  # fmt: skip
+            origin = f"{REFINED}, at most {budget:,} bytes"
+            found.append(candidate_of(plan, run.job.id, best, origin))
     facts: dict[str, Any] = {"measurements": asked, "budgets": budgets}
     if failure:
         facts = {**facts, "failed": failure} if search.log else {"failed": failure}

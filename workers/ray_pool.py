@@ -86,7 +86,7 @@ class RayPool(Pool):
                 f"{self.workers} workers did not start within {START_PATIENCE_S} s on a cluster of "
                 f"{ray.cluster_resources().get('CPU', 0):g} CPUs and "
                 f"{ray.cluster_resources().get('GPU', 0):g} GPUs "
-                f"({(str(error).splitlines() or [type(error).__name__])[0][:160]}); "
+                f"({_line(error)}); "
                 "try fewer with --workers"
             ) from error
 
@@ -107,8 +107,8 @@ class RayPool(Pool):
             except RayTaskError:  # a bug in the task, which another worker would repeat
                 raise
             except RayError as failure:
+                self._idle.append(actor)
                 self._retry(task, attempt, failure)
-                self._revive(actor)
                 continue
             self._idle.append(actor)
             self._dispatch()
@@ -116,7 +116,7 @@ class RayPool(Pool):
 
     def processes(self) -> list[int]:
         """The workers' process numbers."""
-        return list(ray.get([actor.process.remote() for actor in self._actors]))
+        return [_process(actor) for actor in self._actors]
 
     def drop(self) -> None:
         """See `Pool.drop`."""
@@ -131,33 +131,22 @@ class RayPool(Pool):
         ray.shutdown()
 
     def _retry(self, task: Task, attempt: int, failure: RayError) -> None:
+        """Queue a task again, once Ray has restarted its worker.
+
+        Whatever killed that one may have killed idle ones too: a task that were sent to them
+        would lose an attempt that was never made. The others work on meanwhile.
+        """
+        for actor in self._idle:
+            _process(actor)
+        if attempt < ATTEMPTS:
+            self._queue.appendleft((task, attempt + 1))
+        self._dispatch()
         if attempt >= ATTEMPTS:
             raise WorkerError(
                 f"a worker died {ATTEMPTS} times in '{task.method}' "
-                f"({str(failure).splitlines()[0][:160]}); what was measured is kept: "
+                f"({_line(failure)}); what was measured is kept: "
                 "try fewer workers (--workers), it may be out of memory"
             ) from failure
-        self._queue.appendleft((task, attempt + 1))
-        self._dispatch()
-
-    def _revive(self, actor: Any) -> None:
-        """Wait until Ray has restarted an actor; the others work on meanwhile."""
-        deadline = time.monotonic() + RESTART_PATIENCE_S
-        while True:
-            try:
-                ray.get(actor.process.remote())
-            except RayError as failure:
-                if time.monotonic() > deadline:
-                    raise WorkerError(
-                        f"a worker died and did not come back in {RESTART_PATIENCE_S} s "
-                        f"({str(failure).splitlines()[0][:160]}); what was measured is kept: "
-                        "run the same command again"
-                    ) from failure
-                time.sleep(0.2)
-            else:
-                break
-        self._idle.append(actor)
-        self._dispatch()
 
     def _dispatch(self) -> None:
         """Start what there are workers and, by the tasks' forecasts, memory for; one task always."""
@@ -169,6 +158,30 @@ class RayPool(Pool):
             actor = self._idle.popleft()
             reference = actor.run.remote(task.method, task.arguments)
             self._running[reference] = actor, task, attempt
+
+
+def _process(actor: Any) -> int:
+    """An actor's process number, once it lives: Ray may be restarting it.
+
+    Raises:
+        WorkerError: it did not come back.
+    """
+    deadline = time.monotonic() + RESTART_PATIENCE_S
+    while True:
+        try:
+            return int(ray.get(actor.process.remote()))
+        except RayError as failure:
+            if time.monotonic() > deadline:
+                raise WorkerError(
+                    f"a worker died and did not come back in {RESTART_PATIENCE_S} s "
+                    f"({_line(failure)}); what was measured is kept: "
+                    "run the same command again"
+                ) from failure
+            time.sleep(0.2)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _connect(address: str) -> None:
@@ -186,6 +199,6 @@ def _connect(address: str) -> None:
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise WorkerError(
-            f"can't connect to Ray at '{address}' ({str(error).splitlines()[0][:200]}); "
+            f"can't connect to Ray at '{address}' ({_line(error)}); "
             "start one with `ray start --head`, or leave out --address"
         ) from error

@@ -1,6 +1,7 @@
-"""The contract of an export target: write what an engine loads, then load it back and compare."""
+"""The contracts of the room: an engine serves maps, an export target writes what an engine loads."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantization.precision_map import PrecisionMap
+from quantization.schemes import Scheme
+from quantization.units import Layout, Site
 
 if TYPE_CHECKING:
     from evaluation.evaluator import Evaluator
@@ -47,4 +50,91 @@ class Target(ABC):
 
         Raises:
             ExportError: the reload differs from the measured candidate.
+        """
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A matrix product whose time is measured once for a device and kernel.
+
+    Args:
+        shape: rows x columns of the weight (outputs x inputs).
+        kernel: how the engine stores it, in the engine's own word.
+        batch: rows of activations.
+    """
+
+    shape: tuple[int, int]
+    kernel: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one product: the median of repeats and half their interquartile range."""
+
+    median_s: float
+    spread_s: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of a whole model: of each repeat of a prompt, and of each generated token."""
+
+    prefill_s: tuple[float, ...]
+    decode_s: tuple[float, ...]
+
+
+class Engine(ABC):
+    """A runtime that serves maps on a device: its rules, its bytes, and the speed of its kernels.
+
+    Stateless: instances may be shared and pickled.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, site: Site, scheme: Scheme) -> str | None:
+        """Why the engine can't serve a site under a scheme, or None."""
+
+    @abstractmethod
+    def kernel(self, scheme: Scheme, shape: tuple[int, ...]) -> str:
+        """What the engine stores a weight of that shape as: one kernel, one word."""
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of the tensors that the engine loads."""
+        from quantization.formats import FORMATS
+
+        return FORMATS[scheme.weight].nbytes(shape)
+
+    @abstractmethod
+    def other_bytes(self, layout: Layout, config: Any = None) -> int:
+        """Bytes of everything outside the units.
+
+        Args:
+            layout: the model's.
+            config: its transformers configuration; without one, what only that tells isn't counted.
+        """
+
+    @abstractmethod
+    def kernel_version(self) -> str:
+        """What times depend on beside the machine.
+
+        Raises:
+            EngineError: the engine isn't installed.
+        """
+
+    @abstractmethod
+    def time_cells(
+        self, cells: Sequence[Cell], threads: int, done: Callable[[int], object]
+    ) -> list[Timing]:
+        """Time products with the kernels that would serve them.
+
+        Args:
+            cells: what to time.
+            threads: of the CPU, where it is one.
+            done: told after each cell.
+
+        Raises:
+            EngineError: no such kernel, or no memory for it.
         """

@@ -11,7 +11,6 @@ from engines.base import Export, Target
 from engines.neutral_map import NeutralMap
 from quantization.checkpoints import Checkpoint, load_model, load_tokenizer, readable
 from quantization.errors import ExportError
-from quantization.schemes import Scheme
 
 TOLERANCE = 0.02  # of the KL; thread counts alone change sums in the last digits
 NOISE_NATS = 2e-4
@@ -27,12 +26,7 @@ class SafetensorsCheckpoint(Target):
         """See `Target.write`."""
         evaluator = export.evaluator
         assert evaluator is not None
-        evaluator.model.assign(
-            [
-                Scheme(unit.scheme.weight, unit.scheme.activation)
-                for unit in export.precision_map.units
-            ]
-        )
+        evaluator.model.assign(export.precision_map.schemes)
         module = evaluator.model.module
         module.config.dtype = evaluator.bank.dtype
         with readable(str(folder)):

@@ -124,6 +124,11 @@ class Evaluator:
             self._states[key] = load_file(path)["hidden"].to(self.model.device)
         return self._states[key]
 
+    @torch.inference_mode()
+    def reference_logits(self, ids: Ids) -> Tensor:
+        """Logits of the unquantized model on a chunk, tokens x vocabulary in float32 on the CPU."""
+        return self.head.logits(self.reference(ids), self.head.weight).float().cpu()
+
     def noise_floor(self, ids: Ids) -> float | None:
         """KL in nats per token between float32 and this arithmetic type on a chunk.
 

@@ -26,7 +26,7 @@ from quantization.checkpoints import Checkpoint
 from quantization.errors import BankError, QuantizationError
 from quantization.formats import FORMATS, Packed
 from quantization.kernels.packed_weight import PackedWeight
-from quantization.quantizers import Quantized, Quantizer, needs, rendering
+from quantization.quantizers import QUANTIZERS, Quantized, Quantizer, needs, rendering
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic, Statistics
 from quantization.units import Layout, Site, Unit
@@ -133,6 +133,34 @@ class Bank:
         tensors = self._maps[path] if path in self._maps else _map(path, self.dtype)
         tensor = tensors[parameter]
         return tensor.dequantize() if isinstance(tensor, PackedWeight) else tensor
+
+    def packed_parameters(self, unit: Unit, scheme: Scheme, parameter: str) -> Packed:
+        """The bytes of a parameter, which stand for the values that `tensors` gives.
+
+        A bank of values has no bytes: they are made again, from the same weights and statistics,
+        and compared with the values.
+
+        Raises:
+            BankError: they differ, since weights or statistics have changed.
+        """
+        values = self.tensors(unit, scheme)[parameter]
+        if isinstance(values, PackedWeight):
+            return values.packed
+        site = next(site for site in unit.stored if site.parameter == parameter)
+        if scheme.weight == FULL_PRECISION:
+            weight = self.reference(unit)[parameter].float()
+            made = QUANTIZERS["rtn"].quantize(weight, FORMATS[FULL_PRECISION], NOTHING_KNOWN)
+        else:
+            weights = {parameter: open_weights(self.checkpoint)[parameter]}
+            (found,) = self._quantized(weights, [site], scheme, {})
+            assert isinstance(found, Quantized)
+            made = found
+        if not torch.equal(self._values(made, site.transposed), values):
+            raise BankError(
+                f"{parameter} in {scheme.name} is quantized otherwise than it was measured; "
+                "the model or the calibration has changed: search again"
+            )
+        return made.pack()
 
     def reference(self, unit: Unit) -> Tensors:
         """The unit's unquantized parameters."""

@@ -35,3 +35,7 @@ class ExportError(BitfrontError):
 
 class WorkerError(BitfrontError):
     """A task that lost its worker more often than chance explains."""
+
+
+class EngineError(BitfrontError):
+    """An engine that isn't installed, refuses a file, or can't run a kernel."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quantization.errors import ModelError
+from quantization.schemes import Scheme
 from quantization.units import Layout
 
 
@@ -70,6 +71,11 @@ class PrecisionMap(_Closed):
                 "the file was edited; remove it and export again"
             )
         return self
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """The schemes, one a unit."""
+        return [Scheme(unit.scheme.weight, unit.scheme.activation) for unit in self.units]
 
     def to_json(self) -> str:
         """The text of `precision_map.json`."""

@@ -5,7 +5,7 @@ share a scheme, the decision variable of the search; a *layout* is a whole model
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -95,6 +95,14 @@ class Layout:
     kept: tuple[Kept, ...]
     other_numel: int
     cache: tuple[CacheLayer, ...] = ()
+
+    def split(self) -> "Layout":
+        """The same model decided site by site, for engines that fuse nothing; tied ones stay one."""
+        found: list[Unit] = []
+        for unit in self.units:
+            alone = [Unit(site.name, unit.kind, (site,), unit.layer) for site in unit.sites]
+            found += alone if len(unit.stored) > 1 else [unit]
+        return replace(self, units=tuple(found))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the store; `from_json` undoes it."""

@@ -60,6 +60,7 @@ class BlockType:
 # llama.cpp's tensor_type_fallback (src/llama-quant.cpp; q2_K and q3_K fell to iq4_nl in old ones).
 TYPES = {
     "f16": BlockType(1, 1, 2, "ignored"),
+    "bf16": BlockType(30, 1, 2, "ignored"),
     "q4_0": BlockType(2, 32, 18),
     "q4_1": BlockType(3, 32, 20),
     "q5_0": BlockType(6, 32, 22),
@@ -83,12 +84,13 @@ TYPES = {
     "tq1_0": BlockType(34, 256, 54, "ignored", fallback="q4_0"),
     "tq2_0": BlockType(35, 256, 66, "ignored", fallback="q4_0"),
 }
+PLAIN = ("f16", "bf16")  # no blocks: what isn't quantized, and
 LAST_RESORT = "f16"  # of types that have a fallback whose blocks don't divide the row either
 
 
 def gguf_formats() -> Iterator["GGUFFormat"]:
     """A format for every type that one can ask llama-quantize for."""
-    return (GGUFFormat(type) for type in TYPES if type != LAST_RESORT)
+    return (GGUFFormat(type) for type in TYPES if type not in PLAIN)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class GGUFFormat(Format):
         codes = torch.empty(*leading, rows, TYPES[type].row_bytes(columns), dtype=torch.uint8)
         source, target = weight.reshape(-1, rows, columns), codes.view(-1, rows, codes.shape[-1])
         imatrix = _imatrix(type, weight.shape, statistics.importance)
-        quantize = partial(_library().ggml_quantize_chunk, TYPES[type].number)
+        quantize = partial(library().ggml_quantize_chunk, TYPES[type].number)
 
         def encode(matrix: int, part: slice) -> None:
             block = source[matrix, part].to("cpu", torch.float32).contiguous()
@@ -236,7 +238,7 @@ def _each_part(shape: tuple[int, ...], work: Callable[[int, slice], None]) -> No
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The shared library with ggml in it, loaded without its Python module.
 
     Raises:
@@ -262,7 +264,7 @@ def _library() -> ctypes.CDLL:
 def _dequantizer(type: str) -> Callable[[int, int, int], None]:
     """The reader of a type: source, float32 destination, number of values."""
     name = "ggml_fp16_to_fp32_row" if type == LAST_RESORT else f"dequantize_row_{type}"
-    function = _library()[name]  # a new object each time: its types are set below
+    function = library()[name]  # a new object each time: its types are set below
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     function.restype = None
     return function

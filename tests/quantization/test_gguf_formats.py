@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from quantization.errors import QuantizationError
 from quantization.formats import FORMATS
 from quantization.formats import gguf as formats
-from quantization.formats.gguf import LARGEST, STEP, TYPES, GGUFFormat
+from quantization.formats.gguf import LARGEST, PLAIN, STEP, TYPES, GGUFFormat
 from quantization.quantizers import QUANTIZERS
 from quantization.statistics import SiteStatistics
 
 RTN = QUANTIZERS["rtn"]
 SLOW = ("iq1_s", "iq1_m", "iq2_xs", "iq2_s")  # ggml searches their codebooks for up to 13 s
-ALL = [type for type in TYPES if type != "f16"]
+ALL = [type for type in TYPES if type not in PLAIN]
 QUICK = [type for type in ALL if type not in SLOW]
 USING = [type for type in QUICK if TYPES[type].imatrix != "ignored"]
 COLUMNS = 512
@@ -40,7 +40,7 @@ def quantize(type, weight, statistics):
 
 def by_ggml(type, weight, importance):
     """What ggml_quantize_chunk writes, called here without any of the format's code."""
-    library = formats._library()
+    library = formats.library()
     weight = np.ascontiguousarray(weight.numpy(), np.float32)
     number = gguf.GGMLQuantizationType[type.upper()]
     block, size = gguf.GGML_QUANT_SIZES[number]
@@ -59,7 +59,7 @@ def test_the_table_is_ggmls(type):
     kind = TYPES[type]
     assert (kind.columns, kind.block_bytes) == gguf.GGML_QUANT_SIZES[number]
     assert kind.number == number
-    library = formats._library()
+    library = formats.library()
     library.ggml_type_name.restype = ctypes.c_char_p
     library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     assert library.ggml_type_name(kind.number).decode() == type
@@ -258,12 +258,12 @@ def test_packed_bytes_are_what_a_gguf_file_holds(type, columns, tmp_path):
 
 def test_bytes_are_counted_and_formats_sent_without_the_library(monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
-    formats._library.cache_clear()
+    formats.library.cache_clear()
     format = pickle.loads(pickle.dumps(FORMATS["gguf-q4_K"]))
     assert format.bits_per_weight((8, 512)) == 4.5
     assert format.bits_per_weight((8, 576)) == 5.5
     with pytest.raises(QuantizationError, match=r"pip install 'bitfront\[llama\]'"):
         quantize("q4_K", random(2, 256), SiteStatistics())
     monkeypatch.undo()
-    formats._library.cache_clear()
+    formats.library.cache_clear()
     quantize("q4_K", random(2, 256), SiteStatistics())

@@ -1,0 +1,150 @@
+"""llama.cpp: files that its own loader reads, with the bank's bytes, the model's tokens and logits."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from engines import Export, load_engine, load_target
+from engines.base import Cell
+from engines.gguf_file import tensor_bytes
+from engines.llama_cells import time_products
+from engines.llama_cpp import FILE_NAME, divergence
+from engines.llama_library import LlamaModel
+from evaluation.evaluator import Evaluator
+from quantization.adapter import describe
+from quantization.bank import Bank
+from quantization.checkpoints import load_config, load_tokenizer, resolve
+from quantization.errors import EngineError, ExportError, UnknownNameError
+from quantization.precision_map import ModelEntry, build_map
+from quantization.quantizers import QUANTIZERS
+from quantization.schemes import Scheme
+from quantization.units import Site
+from tests.conftest import choices_of, save_tiny
+
+CHUNKS = np.random.default_rng(0).integers(2, 300, (2, 48))
+TYPES = ["gguf-q4_0", "gguf-q8_0", "gguf-q4_K", "gguf-iq4_nl", "bf16"]
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+MODELS = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama 3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+def export_of(family, folder, more, dtype=torch.float32):
+    """A tiny model's export of a map that mixes types."""
+    checkpoint = resolve(str(save_tiny(family, folder, **more)))
+    layout = describe(checkpoint)
+    menu = [Scheme(name) for name in TYPES]
+    bank = Bank(checkpoint, layout, QUANTIZERS["rtn"], dtype)
+    bank.build(choices_of(layout, menu))
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    schemes = [
+        Scheme("bf16") if unit.layer is None else menu[i % len(menu)]
+        for i, unit in enumerate(layout.units)
+    ]
+    pairs = [(s.weight, s.activation) for s in schemes]
+    names = build_map(layout, pairs, ModelEntry(name="tiny", weights_hash="0" * 64), {})
+    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    return Export(names, evaluator, CHUNKS, kl)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def written(request, tmp_path_factory):
+    family, more = MODELS[request.param]
+    export = export_of(family, tmp_path_factory.mktemp("model"), more)
+    folder = tmp_path_factory.mktemp("export")
+    load_target("gguf").write(export, folder)
+    return export, folder
+
+
+def test_llama_cpp_computes_what_was_measured(written):
+    """Rotary halves, grouped queries, norms of queries, tied heads: any slip costs nats."""
+    export, folder = written
+    found = load_target("gguf").check(export, folder)
+    assert found["reloaded_kl"] == pytest.approx(export.measured_kl, rel=0.02, abs=0.003)
+
+
+def test_the_bytes_are_the_banks_and_their_number_is_predicted(written):
+    export, folder = written
+    engine, bank = load_engine("llama.cpp"), export.evaluator.bank
+    reader = gguf.GGUFReader(folder / FILE_NAME)
+    types = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
+    predicted = engine.other_bytes(bank.layout, load_config(bank.checkpoint))
+    for unit, scheme in zip(bank.layout.units, export.precision_map.schemes, strict=True):
+        predicted += sum(engine.nbytes(scheme, site.shape) for site in unit.stored)
+    assert tensor_bytes(folder / FILE_NAME) == predicted
+    down = next(u for u in bank.layout.units if u.name.endswith("down_proj"))
+    scheme = export.precision_map.schemes[bank.layout.units.index(down)]
+    (tensor,) = (t for t in reader.tensors if t.name == "blk.0.ffn_down.weight")
+    (packed,) = bank.packed_parameters(down, scheme, down.sites[0].parameter).tensors.values()
+    assert types["blk.0.ffn_down.weight"] == engine.kernel(scheme, down.sites[0].shape).lower()
+    assert np.array_equal(tensor.data.view(np.uint8), packed.view(torch.uint8).numpy())
+
+
+def test_llama_cpp_splits_text_as_the_model_does(written):
+    export, folder = written
+    tokenizer = load_tokenizer(export.evaluator.bank.checkpoint)
+    text = "def f(x):\n    return 'It isn’t 1234', \"été\"\n"
+    with LlamaModel(folder / FILE_NAME, threads=1) as model:
+        assert model.tokenize(text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_file_that_computes_something_else_is_refused(written):
+    export, folder = written
+    wrong = Export(export.precision_map, export.evaluator, CHUNKS, 2 * export.measured_kl + 1)
+    with pytest.raises(ExportError, match="llama.cpp computes a KL of"):
+        load_target("gguf").check(wrong, folder)
+    assert divergence(export.evaluator, folder / FILE_NAME, CHUNKS) > 0
+
+
+def test_maps_that_it_cant_serve_are_refused_with_their_units(make_bank, tmp_path):
+    bank = make_bank("llama")
+    schemes = [("bf16", "bf16") if u.layer is None else ("int2-g32", "bf16") for u in bank.layout.units]
+    names = build_map(bank.layout, schemes, ModelEntry(name="tiny", weights_hash="0" * 64), {})
+    export = Export(names, Evaluator(bank, torch.device("cpu")), CHUNKS, 1.0)
+    with pytest.raises(ExportError, match=r"can't serve 8 units: .*q_proj.*has no int2-g32"):
+        load_target("gguf").write(export, tmp_path)
+
+
+def test_models_that_gguf_files_dont_know_are_refused(make_bank, tmp_path):
+    bank = make_bank("gpt_neox")
+    schemes = [("bf16", "bf16")] * len(bank.layout.units)
+    names = build_map(bank.layout, schemes, ModelEntry(name="tiny", weights_hash="0" * 64), {})
+    export = Export(names, Evaluator(bank, torch.device("cpu")), CHUNKS, 0.0)
+    with pytest.raises(UnknownNameError, match="kind of model for GGUF files 'gpt_neox'"):
+        load_target("gguf").write(export, tmp_path)
+
+
+def test_rules():
+    engine, site = load_engine("llama.cpp"), Site("q", "q.weight", (64, 96))
+    assert engine.refusal(site, Scheme("gguf-q4_K")) is None
+    assert engine.refusal(site, Scheme("bf16")) is None
+    assert "no int4-g32" in engine.refusal(site, Scheme("int4-g32"))
+    assert engine.kernel(Scheme("gguf-q4_K"), (64, 96)) == "q5_0"  # 256 doesn't divide 96
+    assert engine.kernel(Scheme("gguf-q4_K"), (64, 512)) == "q4_K"
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF nonsense")
+    with pytest.raises(EngineError, match="can't load"):
+        LlamaModel(tmp_path / "model.gguf")
+
+
+def test_products_are_timed_with_their_spread():
+    """A product of many rows takes longer than one of a row; an unknown type is refused."""
+    told = []
+    one, many = time_products(
+        [Cell((256, 256), "q8_0", 1), Cell((256, 256), "q8_0", 64)], 1, told.append
+    )
+    assert 0 < one.median_s < many.median_s
+    assert one.spread_s >= 0
+    assert told == [1, 1]
+    with pytest.raises(EngineError, match="no type 'q9'"):
+        time_products([Cell((256, 256), "q9", 1)], 1)

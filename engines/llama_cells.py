@@ -145,10 +145,10 @@ def _products(cell: Cell, threads: int) -> Iterator[_Graph]:
         tensors = ggml.ggml_tensor_overhead()
         weights = _context(stack, (copies + 1) * tensors)
         size = 2 * copies + 8
-        rest = _context(stack, size * tensors + ggml.ggml_graph_overhead_custom(size, False))  # noqa: FBT003
+        rest = _context(stack, size * tensors + ggml.ggml_graph_overhead_custom(size, False))
         matrices = [ggml.ggml_new_tensor_2d(weights, number, columns, rows) for _ in range(copies)]
         inputs = ggml.ggml_new_tensor_2d(rest, F32, columns, cell.batch)
-        graph = ggml.ggml_new_graph_custom(rest, size, False)  # noqa: FBT003
+        graph = ggml.ggml_new_graph_custom(rest, size, False)
         for matrix in matrices:
             ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat(rest, matrix, inputs))
         for context, kind in ((weights, _buffer_type(number, columns, rows)), (rest, None)):
@@ -166,7 +166,7 @@ def _copies(cell: Cell) -> int:
 
 
 def _context(stack: ExitStack, nbytes: int) -> int:
-    context = _ggml().ggml_init(_InitParams(nbytes, None, True))  # noqa: FBT003
+    context = _ggml().ggml_init(_InitParams(nbytes, None, True))
     stack.callback(_ggml().ggml_free, context)
     return int(context)
 

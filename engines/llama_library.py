@@ -293,7 +293,7 @@ class LlamaModel:
         return found[WARM_UP_TOKENS:]
 
     def _clear(self) -> None:
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)  # noqa: FBT003
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
     def _decode(self, batch: _Batch) -> None:
         if code := self._llama.llama_decode(self._context, batch):

@@ -9,16 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
+from bitfront import studies
 from bitfront.options import (
-    BUDGETS,
     AddressOption,
+    BatchOption,
+    ContextOption,
+    DeviceOption,
+    EngineOption,
     JobArgument,
     JsonOption,
+    PromptOption,
     StoreOption,
+    ThreadsOption,
     WorkersOption,
     bytes_of,
     numbers_of,
     open_store,
+    seconds_of,
+    serving_of,
     sizes_of,
 )
 from quantization.errors import BitfrontError
@@ -33,9 +41,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 database = typer.Typer(help="The store's schema.", no_args_is_help=True)
-benches = typer.Typer(help="Comparisons with others.", no_args_is_help=True)
 app.add_typer(database, name="db")
-app.add_typer(benches, name="bench")
+app.add_typer(studies.benches, name="bench")
+app.command()(studies.audit)
+app.command()(studies.formats)
+app.command()(studies.devices)
+app.command()(studies.profile)
 
 
 def _show_version(wanted: bool) -> None:
@@ -118,6 +129,19 @@ def search(
     interactions: Annotated[
         int | None, typer.Option(help="Units whose pairs are measured where sums predict badly.")
     ] = None,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    batch: BatchOption = None,
+    context: ContextOption = None,
+    prompt: PromptOption = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Weights, KV cache and activations together: 2GiB.")
+    ] = None,
+    max_decode_latency: Annotated[
+        str | None, typer.Option(help="Of a generated token: 8ms.")
+    ] = None,
+    max_prefill_latency: Annotated[str | None, typer.Option(help="Of a prompt: 1.5s.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random controls and refinement.")] = None,
     address: AddressOption = "local",
     workers: WorkersOption = None,
@@ -149,6 +173,10 @@ def search(
         "refinement.strategy": strategy,
         "refinement.minutes": minutes,
         "interactions": interactions,
+        **serving_of(engine, device, threads, batch, context, prompt),
+        "serving.max_memory_bytes": bytes_of(max_memory) if max_memory else None,
+        "serving.max_decode_s": seconds_of(max_decode_latency),
+        "serving.max_prefill_s": seconds_of(max_prefill_latency),
         "seed": seed,
         **{f"texts.{role}.source": source or text for role, source in sources.items()},
     }
@@ -157,51 +185,6 @@ def search(
         print_plan(job, as_json)
     else:
         run(job, open_store(store), address, workers, as_json)
-
-
-@app.command()
-def audit(
-    job: JobArgument = None,
-    estimators: Annotated[
-        str | None, typer.Option(help="Names, comma-separated. Default: all that there are.")
-    ] = None,
-    maps: Annotated[int, typer.Option(min=3, help="Random maps of all sizes.")] = 50,
-    equal_maps: Annotated[int, typer.Option(min=0, help="Random maps of each equal size.")] = 30,
-    between: Annotated[
-        str | None, typer.Option(help="Average bits of the maps of all sizes: 3,5.")
-    ] = None,
-    equal_bits: Annotated[
-        str | None, typer.Option(help="The equal sizes, in average bits: 3.25,4.25.")
-    ] = None,
-    flips: Annotated[int, typer.Option(min=0, help="Single flips.")] = 30,
-    pairs: Annotated[
-        int, typer.Option(min=0, help="Measure all pairs among so many sensitive units.")
-    ] = 0,
-    address: AddressOption = "local",
-    workers: WorkersOption = None,
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure how well each sensitivity estimator predicts, on JOB's model, menu and texts.
-
-    The best becomes the default of later searches of this model. Run again to resume.
-    """
-    from bitfront.auditing import AuditOptions
-    from bitfront.searching import audit as run
-
-    ends = numbers_of(between)
-    if ends is not None and len(ends) != 2:
-        raise BitfrontError(f"--between takes two numbers such as 3,5, not '{between}'")
-    options = AuditOptions(
-        tuple(estimators.split(",")) if estimators else (),
-        maps,
-        equal_maps,
-        flips,
-        pairs,
-        (ends[0], ends[1]) if ends else None,
-        tuple(numbers_of(equal_bits) or ()),
-    )
-    run(open_store(store), job, options, address, workers, as_json)
 
 
 @app.command()
@@ -244,6 +227,12 @@ def query(
     max_memory: Annotated[
         str | None, typer.Option(help="Weights and KV cache of the workload: 2GiB.")
     ] = None,
+    max_decode_latency: Annotated[
+        str | None, typer.Option(help="Of a generated token, in the job's workload: 8ms.")
+    ] = None,
+    max_prefill_latency: Annotated[
+        str | None, typer.Option(help="Of a prompt, in the job's workload: 1.5s.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
     context: Annotated[int, typer.Option(min=1, help="Tokens kept for each.")] = 4096,
     store: StoreOption = None,
@@ -257,6 +246,8 @@ def query(
         "average_bits": max_bits,
         "kl": max_kl,
         "memory_bytes": bytes_of(max_memory) if max_memory else None,
+        "decode_s": seconds_of(max_decode_latency),
+        "prefill_s": seconds_of(max_prefill_latency),
     }
     run_query(open_store(store), job, limits, batch, context, as_json)
 
@@ -266,7 +257,7 @@ def export(
     point: Annotated[int, typer.Option(help="A point's number, as `front` shows it.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     job: JobArgument = None,
-    to: Annotated[str, typer.Option(help="map, or safetensors.")] = "map",
+    to: Annotated[str, typer.Option(help="map, safetensors or gguf.")] = "map",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder in use.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -301,26 +292,6 @@ def jobs(store: StoreOption = None, as_json: JsonOption = False) -> None:
     show_jobs(open_store(store), as_json)
 
 
-@app.command()
-def formats(
-    pattern: Annotated[
-        str, typer.Argument(help="Names to show: 'int4-*', 'gguf-*', or a family such as mixture.")
-    ] = "*",
-    shape: Annotated[
-        str, typer.Option(help="ROWSxCOLUMNS of a weight, outputs x inputs.")
-    ] = "4096x4096",
-    store: StoreOption = None,  # noqa: ARG001  # every command takes it
-    as_json: JsonOption = False,
-) -> None:
-    """List weight formats: exact bytes for a shape, and who multiplies by them packed.
-
-    The store isn't needed.
-    """
-    from bitfront.querying import show_formats
-
-    show_formats(pattern, shape, as_json)
-
-
 @database.command("upgrade")
 def upgrade(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Bring the store's schema up to date."""
@@ -336,34 +307,6 @@ def upgrade(store: StoreOption = None, as_json: JsonOption = False) -> None:
         print_json({"before": before, "after": after})
     else:
         typer.echo(f"schema {before or 'empty'} -> {after}")
-
-
-@benches.command("allocators")
-def bench_allocators(
-    maps: Annotated[list[Path], typer.Argument(help="Files of linear name -> bits or format.")],
-    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or 'demo'.")] = "demo",
-    text: Annotated[str, typer.Option(help="A file to measure on.")] = "python-docs",
-    bits: Annotated[str, typer.Option(help="Budgets that maps compete at.")] = BUDGETS,
-    chunks: Annotated[int, typer.Option(min=2)] = 24,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a chunk.")] = 512,
-    quantizer: Annotated[str, typer.Option(help="The same for all maps.")] = "rtn",
-    calibration_text: Annotated[str | None, typer.Option(help="For the quantizer.")] = None,
-    random: Annotated[int, typer.Option(min=0, help="Random maps at each budget.")] = 3,
-    address: AddressOption = "local",
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare MAPS at equal bytes: KL, paired differences, random maps and finer uniform ones.
-
-    Where a map says bits, they are symmetric integers in groups of 64: b bits cost b + 0.25.
-    """
-    from bitfront.allocators import Contest, run
-
-    contest = Contest(
-        model, text, tuple(maps), tuple(numbers_of(bits) or ()), chunks, length, quantizer,
-        calibration_text, random=random,
-    )  # fmt: skip
-    run(contest, open_store(store), address, as_json)
 
 
 def main() -> None:

@@ -16,6 +16,10 @@ UNPROVEN = ("fisher", "fisher-quantized")
 """What scores where no audit of the model has been: see benchmarks/results."""
 
 
+ENGINE_MENUS = {"llama.cpp": "gguf"}
+"""What an engine's jobs choose from where nothing else is asked for."""
+
+
 class ConfigError(BitfrontError):
     """A configuration that doesn't say what it should, with the field and what is expected."""
 
@@ -85,6 +89,37 @@ class RefinementConfig(_Closed):
     minutes: float | None = Field(default=None, gt=0)
 
 
+class ServingConfig(_Closed):
+    """Where a map is to be served, and what it may take there.
+
+    Args:
+        engine: whose rules, bytes and times count; None for bytes of our own packed tensors.
+        device: `local`, or one of the catalogue (`bitfront devices`), whose times are analytical.
+        threads: of the CPU that serve; by default all of this machine's cores.
+        batch: sequences side by side.
+        context: tokens in the KV cache of each when a token is generated.
+        prompt: tokens of a prompt.
+        max_memory_bytes: of weights, KV cache and activations together.
+        max_decode_s: of a generated token.
+        max_prefill_s: of a prompt.
+    """
+
+    engine: str | None = None
+    device: str = "local"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    batch: int = Field(default=1, ge=1)
+    context: int = Field(default=4096, ge=1)
+    prompt: int = Field(default=512, ge=1)
+    max_memory_bytes: Annotated[int, Field(gt=0)] | None = None
+    max_decode_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_prefill_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether seconds count."""
+        return self.engine is not None
+
+
 class JobConfig(_Closed):
     """Everything that determines a job's result.
 
@@ -97,6 +132,7 @@ class JobConfig(_Closed):
         bank: what workers keep of each scheme: values (fast), packed bytes (small), or auto, which
             takes packed bytes where the values would fill more than half of the memory.
         interactions: units whose pairs are measured where sums of losses predict badly; 0 for none.
+        serving: engine, device, workload, and limits on memory and latency.
         transform: what the whole model is put through before it is quantized: awq, smoothquant.
     """
 
@@ -114,6 +150,7 @@ class JobConfig(_Closed):
     random_controls: int = Field(ge=0)
     interactions: int = Field(default=0, ge=0)
     refinement: RefinementConfig = RefinementConfig()
+    serving: ServingConfig = ServingConfig()
     seed: int = 0
     dtype: str = "auto"
     transform: str | None = None
@@ -132,11 +169,14 @@ def load_config(model: str, file: Path | None, overrides: dict[str, Any]) -> Job
         ConfigError: an unknown field or a wrong value, with the file's name.
     """
     data = _preset("jobs", DEMO if model == DEMO else "default")
-    if file:
-        data = _merge(data, _read_yaml(file))
+    data_of_file = _read_yaml(file) if file else {}
+    data = _merge(data, data_of_file)
     for path, value in overrides.items():
         if value is not None:
             data = _merge(data, _nested(path, value))
+    engine = (data.get("serving") or {}).get("engine")
+    if engine in ENGINE_MENUS and not (overrides.get("menu") or "menu" in data_of_file):
+        data["menu"] = ENGINE_MENUS[engine]
     if isinstance(data.get("menu"), str):
         data["menu"] = _menu(data["menu"])
     try:

@@ -7,8 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bitfront import latency
 from bitfront.fronts import Front
-from bitfront.sizes import show_bytes
+from bitfront.sizes import show_bytes, show_seconds
+from store.tables import Job
 
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -41,6 +43,10 @@ def front_table(front: Front) -> Table:
     table.add_column("KL, nats/token (95 %)", justify="right")
     table.add_column("perplexity", justify="right")
     table.add_column("predicted", justify="right")
+    timed = bool(job.facts.get("times"))
+    if timed:
+        table.add_column("a token", justify="right")
+        table.add_column("prompt", justify="right")
     table.add_column("what")
     for p in front.points:
         table.add_row(
@@ -50,10 +56,16 @@ def front_table(front: Front) -> Table:
             f"{p.kl:.4f} ({p.kl_low:.4f} to {p.kl_high:.4f})",
             f"{p.perplexity:.2f}",
             "" if p.predicted_kl is None else f"{p.predicted_kl:.4f}",
+            *(_times(job, p.map_hash) if timed else ()),
             ("front  " if p.on_front else "       ") + front.candidates[p.id].origin.split(",")[0],
             style=None if p.on_front else "dim",
         )
     return table
+
+
+def _times(job: Job, map_hash: str) -> list[str]:
+    found = [latency.seconds(job, map_hash, phase) for phase in ("decode", "prefill")]
+    return ["" if seconds is None else show_seconds(seconds) for seconds in found]
 
 
 def _caption(front: Front) -> str:

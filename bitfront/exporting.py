@@ -9,11 +9,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from bitfront.fronts import Front, Point, losses, quality_key
+from bitfront.fronts import Front, Point, layout_of, losses, quality_key
 from engines import Export, Target, load_target
 from quantization.errors import ExportError
 from quantization.precision_map import ModelEntry, PrecisionMap, build_map
-from quantization.units import Layout
 from store.database import Store
 
 CHECKED_CHUNKS = 4
@@ -79,7 +78,7 @@ def _precision_map(front: Front, point: Point) -> PrecisionMap:
     candidate = front.candidates[point.id]
     schemes = [_formats(name) for name in candidate.schemes]
     return build_map(
-        Layout.from_json(model.layout),
+        layout_of(job, model),
         schemes,
         ModelEntry(name=model.name, weights_hash=model.weights_hash, revision=model.revision),
         {

@@ -5,11 +5,14 @@ No torch, no ray, no SciPy: `front`, `query` and `jobs` answer at once.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import exp, inf
+from functools import partial
+from math import exp, inf, isfinite
 from typing import Any
 
 import numpy as np
 
+from bitfront import latency
+from quantization.units import Layout
 from search.front import non_dominated
 from search.statistics import Interval, mean_interval, paired_difference
 from store.database import Store
@@ -58,10 +61,12 @@ class Front:
 
     def to_json(self) -> dict[str, Any]:
         """The pinned document."""
+        times = latency.document(self.job, self.points)
         return {
             "job": self.job.id,
             "model": self.model.name,
             "points": [asdict(point) for point in self.points],
+            **({"times": times} if times else {}),
         }
 
     def point(self, number: int) -> Point | None:
@@ -82,6 +87,12 @@ class MapLoss:
 def quality_key(job: Job) -> QualityKey:
     """What the measurements of a job are keyed by."""
     return QualityKey(job.weights_hash, job.facts["quantizer"], job.facts["dtype"])
+
+
+def layout_of(job: Job, model: Model) -> Layout:
+    """The units that a job decided: the model's, split where its engine fuses nothing."""
+    layout = Layout.from_json(model.layout)
+    return layout.split() if job.facts.get("split") else layout
 
 
 def reference_hash(weights_hash: str) -> str:
@@ -146,6 +157,7 @@ def load_front(store: Store, job: Job) -> Front:
             *(f"Point {c.point} ({c.origin}): {c.failure}." for c in proposed if c.failure),
             *_bought(points, heldout, candidates),
             *_additive(job.facts.get("interactions")),
+            *latency.remarks(job, points),
             *few_tokens(job.facts.get("experts", ())),
         ),
     )
@@ -275,6 +287,8 @@ class Constraints:
     average_bits: float = inf
     kl: float = inf
     memory_bytes: float = inf
+    decode_s: float = inf
+    prefill_s: float = inf
 
 
 def best_point(
@@ -291,6 +305,7 @@ def best_point(
         ("average_bits", limits.average_bits, lambda p: p.average_bits),
         ("kl", limits.kl, lambda p: p.kl),
         ("memory_bytes", limits.memory_bytes, lambda p: p.weight_bytes + cache_bytes),
+        *_latency_checks(front, limits),
     ]
     fitting = [p for p in front.points if all(value(p) <= limit for _, limit, value in checks)]
     if fitting:
@@ -307,6 +322,21 @@ def best_point(
     return None, "no measured point meets these constraints together; relax one of them"
 
 
+def _latency_checks(front: Front, limits: Constraints) -> list[tuple[str, float, Any]]:
+    """Those that the query asks for; a point that nobody timed meets none."""
+    wanted = {"decode": limits.decode_s, "prefill": limits.prefill_s}
+    return [
+        (f"{phase}_s", limit, partial(_seconds, front.job, phase))
+        for phase, limit in wanted.items()
+        if limit < inf
+    ]
+
+
+def _seconds(job: Job, phase: str, point: Point) -> float:
+    found = latency.seconds(job, point.map_hash, phase)
+    return inf if found is None else found
+
+
 def _number(value: float) -> str:
     """Whole numbers with thousands apart, others to six digits."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:.6g}"
+    return f"{value:,.0f}" if isfinite(value) and value == int(value) else f"{value:.6g}"

@@ -15,6 +15,18 @@ AddressOption = Annotated[
     str, typer.Option(help="Ray cluster's address; 'local' starts one, 'none' uses no Ray.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="How many model replicas.")]
+EngineOption = Annotated[
+    str | None, typer.Option(help="Serve with: llama.cpp. Its rules, bytes and speed then count.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Serve on: local (measured), or one that `devices` lists.")
+]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Of the CPU that serves.")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Sequences side by side.")]
+ContextOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens in the KV cache of each. Default: 4096.")
+]
+PromptOption = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. Default: 512.")]
 BUDGETS = "3.25,3.5,3.75,4.25,4.75,5.25"
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -24,6 +36,29 @@ def bytes_of(text: str) -> int:
     from bitfront.sizes import parse_bytes
 
     return parse_bytes(text)
+
+
+def seconds_of(text: str | None) -> float | None:
+    """A time such as 8ms, in seconds."""
+    from bitfront.sizes import parse_seconds
+
+    return parse_seconds(text) if text else None
+
+
+def serving_of(
+    engine: str | None,
+    device: str | None,
+    threads: int | None,
+    batch: int | None,
+    context: int | None,
+    prompt: int | None,
+) -> dict[str, Any]:
+    """Where maps are to be served, as overrides of a job's configuration."""
+    given = {
+        "engine": engine, "device": device, "threads": threads, "batch": batch,
+        "context": context, "prompt": prompt,
+    }  # fmt: skip
+    return {f"serving.{name}": value for name, value in given.items()}
 
 
 def sizes_of(text: str | None) -> list[int] | None:

@@ -4,17 +4,27 @@
 """
 
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitfront import rules
-from bitfront.config import DEMO, UNPROVEN, ConfigError, JobConfig, RefinementConfig
+from bitfront import rules, serving
+from bitfront.budgets import budgets
+from bitfront.config import (
+    DEMO,
+    UNPROVEN,
+    ConfigError,
+    JobConfig,
+    RefinementConfig,
+    ServingConfig,
+)
 from bitfront.demo import NAME, demo_model
+from bitfront.serving import Times
 from cost_models import weight_bytes
+from engines import Engine
 from evaluation.arithmetic import DTYPES, choose_dtype, memory_bytes
 from evaluation.texts import Text, TextRequest, make_texts
 from quantization.adapter import describe
@@ -29,7 +39,6 @@ from quantization.statistics import Imported
 from quantization.transforms import TRANSFORMS
 from quantization.transforms.checkpoint import Folding
 from quantization.units import Layout
-from search.errors import InfeasibleBudgetError
 from search.problem import Problem
 from search.strategies import check_strategy
 from sensitivity import ESTIMATORS, menu
@@ -50,11 +59,14 @@ class Plan:
     Args:
         checkpoint: what is quantized: the model, or what a transform makes of it.
         name: the model's, for people.
+        described: the model as it is, before an engine that fuses nothing splits its units.
         choices: the schemes of each unit; one for those that are pinned.
         menu: the columns of all tables.
         bytes_table: units x schemes; `other_bytes` come on top of every map.
         budgets: upper bounds on weight bytes, rising.
         folding: how `checkpoint` is made, where the job has a transform.
+        engine: whose rules and bytes count, where the job names one.
+        times: seconds of its maps, once they are known.
         packed: whether the bank holds packed bytes instead of values.
         because: why these estimators, where the job left that open.
         evidence: the audit of another job that says so.
@@ -64,6 +76,7 @@ class Plan:
     checkpoint: Checkpoint
     name: str
     layout: Layout
+    described: Layout
     choices: tuple[tuple[Scheme, ...], ...]
     menu: tuple[Scheme, ...]
     bytes_table: NDArray[np.int64]
@@ -75,6 +88,8 @@ class Plan:
     folding: Folding | None = None
     imatrix: Imported | None = None
     packed: bool = False
+    engine: Engine | None = None
+    times: Times | None = None
     because: str | None = None
     evidence: dict[str, Any] | None = None
 
@@ -108,6 +123,9 @@ class Plan:
         costs = {weight_bytes.RESOURCE: self.bytes_table}
         if self.changes:
             costs[rules.CHANGED] = self.changes[0]
+        if self.times:
+            for phase in serving.limits_s(self.config.serving):
+                costs[serving.resource(phase)] = self.times.costs(phase)
         few = rules.few_formats(self.config.menu, self.menu)
         names = tuple(unit.name for unit in self.layout.units)
         return Problem(np.where(offered, loss, 0.0), costs, offered, few, names)
@@ -120,7 +138,11 @@ class Plan:
     @property
     def other_limits(self) -> dict[str, int]:
         """Limits beside the budgets."""
-        return {rules.CHANGED: self.changes[1]} if self.changes else {}
+        limits = {rules.CHANGED: self.changes[1]} if self.changes else {}
+        if self.times:
+            for phase, limit_s in serving.limits_s(self.config.serving).items():
+                limits[serving.resource(phase)] = self.times.limit(phase, limit_s)
+        return limits
 
     def weight_bytes(self, choice: NDArray[np.intp]) -> int:
         """Exact bytes of all weights under a map."""
@@ -166,6 +188,8 @@ class Plan:
             named.add("refinement")
         if not self.config.interactions:
             named.add("interactions")
+        if self.config.serving == ServingConfig():
+            named.add("serving")
         exclude = dict.fromkeys(named, True) | {"menu": self.config.menu.silent}
         config = self.config.model_dump_json(exclude=exclude)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]
@@ -196,8 +220,11 @@ def make_plan(config: JobConfig) -> Plan:
     dtype, reason = choose_dtype(config.dtype)
     source = demo_model() if config.model == DEMO else config.model
     checkpoint = resolve(source, config.revision, config.trust_remote_code)
-    layout = describe(checkpoint)
-    choices = rules.choices(layout, config.menu)
+    engine = serving.engine_of(config.serving)
+    described = layout = describe(checkpoint)
+    if engine and not engine.fuses:
+        layout = described.split()
+    choices = rules.choices(layout, config.menu, engine)
     if not any(len(row) > 1 for row in choices):
         raise ConfigError(
             f"the menu leaves nothing to decide: of {', '.join(config.menu.schemes)} every "
@@ -214,17 +241,19 @@ def make_plan(config: JobConfig) -> Plan:
         layout=layout,
         choices=choices,
         menu=columns,
-        bytes_table=weight_bytes.table(layout, columns),
-        other_bytes=weight_bytes.other_bytes(layout),
+        bytes_table=weight_bytes.table(layout, columns, engine),
+        other_bytes=weight_bytes.other_bytes(layout, engine, load_config(checkpoint)),
         budgets=(),
         texts=make_texts(load_tokenizer(checkpoint), requests),
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
+        described=described,
+        engine=engine,
     )
     _check_disjoint(plan.texts)
     return_memory()  # of the import and the tokenizer; the driver outlives them by hours
     plan = replace(
-        plan, budgets=_budgets(plan), imatrix=_imported(config, plan), packed=_packed(config, plan)
+        plan, budgets=budgets(plan), imatrix=_imported(config, plan), packed=_packed(config, plan)
     )
     return _transformed(plan, config.transform) if config.transform else plan
 
@@ -325,40 +354,3 @@ def _check_disjoint(texts: dict[str, Text]) -> None:
                 f"('{texts[role].source}' and '{texts[other].source}'); give different texts, or "
                 "name the source the same way for both, and it will be divided"
             )
-
-
-def _budgets(plan: Plan) -> tuple[int, ...]:
-    """The job's budgets in weight bytes, checked against the smallest map."""
-    fixed = plan.fixed_bytes
-    wanted = [fixed + int(bits * plan.quantizable_numel / 8) for bits in plan.config.budgets]
-    wanted += plan.config.budgets_bytes
-    smallest = plan.other_bytes + _smallest(plan)
-    for budget in wanted:
-        if budget < smallest:
-            bits = 8 * (smallest - fixed) / plan.quantizable_numel
-            raise InfeasibleBudgetError(
-                f"no map fits into {budget:,} weight bytes: the smallest has {smallest:,} "
-                f"({bits:.4g} bits on average; {fixed:,} of the bytes are pinned to full "
-                "precision); raise the budget, or add smaller formats to the menu"
-            )
-    return tuple(sorted(set(wanted or [b for b in _default_budgets(plan) if b >= smallest])))
-
-
-def _smallest(plan: Plan) -> int:
-    """The bytes of the smallest map that the menu's rules allow."""
-    problem = plan.problem(plan.bytes_table.astype(np.float64))
-    if not (problem.few or plan.other_limits):
-        return problem.smallest(weight_bytes.RESOURCE)
-    from search.exact import solve
-
-    return solve(problem, plan.other_limits).costs[weight_bytes.RESOURCE]
-
-
-def _default_budgets(plan: Plan) -> list[int]:
-    """The bytes of the menu's uniform maps and the middles between neighbours."""
-    from search.controls import uniform
-
-    problem = plan.problem(np.zeros(plan.bytes_table.shape))
-    maps = [uniform(problem, column) for column in range(len(plan.menu))]
-    sizes = sorted({plan.weight_bytes(choice) for choice in maps if choice is not None})
-    return sizes + [(a + b) // 2 for a, b in pairwise(sizes)]

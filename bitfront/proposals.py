@@ -1,12 +1,15 @@
 """What a job measures: uniform and random controls, and the solver's optimum at each budget."""
 
+from contextlib import suppress
+
 import numpy as np
 from numpy.typing import NDArray
 
 from bitfront.plan import Plan
 from cost_models import weight_bytes
 from search.controls import random_at, some_formats, uniform
-from search.exact import sweep
+from search.errors import InfeasibleBudgetError
+from search.exact import solve, sweep
 from search.problem import Problem
 from store.tables import Candidate
 
@@ -48,10 +51,11 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
         allowed = some_formats(any_problem, generator)
         if allowed.smallest(weight_bytes.RESOURCE) <= limit:
             add(random_at(allowed, weight_bytes.RESOURCE, limit, generator), "random", "random")
+    solvable = _solvable(plan, any_problem)
     for estimator, problem in problems.items():
-        limits = [budget - plan.other_bytes for budget in plan.budgets]
+        limits = [budget - plan.other_bytes for budget in solvable]
         solutions = sweep(problem, weight_bytes.RESOURCE, limits, plan.other_limits)
-        for budget, solution in zip(plan.budgets, solutions, strict=True):
+        for budget, solution in zip(solvable, solutions, strict=True):
             certificate = {
                 "budget": budget,
                 "raw_loss": solution.loss,
@@ -61,6 +65,24 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
             origin = f"{estimator}, at most {budget:,} bytes"
             add(solution.choice, origin, certificate=certificate)
     return list(candidates.values())
+
+
+def _solvable(plan: Plan, problem: Problem) -> list[int]:
+    """The budgets that other limits leave maps for; all of them, where the user named them.
+
+    Raises:
+        InfeasibleBudgetError: none is left.
+    """
+    asked = plan.config.budgets or plan.config.budgets_bytes
+    if asked or not plan.other_limits:
+        return list(plan.budgets)
+    found = []
+    for budget in plan.budgets:
+        limits = {weight_bytes.RESOURCE: budget - plan.other_bytes, **plan.other_limits}
+        with suppress(InfeasibleBudgetError):
+            solve(problem, limits)
+            found.append(budget)
+    return found or [plan.budgets[-1]]
 
 
 def candidate_of(

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from bitfront import latency
 from bitfront.console import print_json, print_table
-from bitfront.fronts import Constraints, best_point, load_front
-from bitfront.sizes import show_bytes
+from bitfront.fronts import Constraints, best_point, layout_of, load_front
+from bitfront.sizes import show_bytes, show_seconds
 from cost_models.memory import Workload, kv_cache_bytes, memory_bytes
 from quantization.errors import BitfrontError
-from quantization.units import Layout
 from store.database import Store
 from store.queries import find_job, list_jobs
 
@@ -33,7 +33,11 @@ def run_query(
 ) -> None:
     """Print the best point of a job under constraints; raises `NothingFitsError`."""
     front = load_front(store, find_job(store, job_id))
-    layout = Layout.from_json(front.model.layout)
+    layout = layout_of(front.job, front.model)
+    if (limits["decode_s"] or limits["prefill_s"]) and not front.job.facts.get("times"):
+        raise NothingFitsError(
+            f"job {front.job.id} has no latency: search with --engine llama.cpp, then ask again"
+        )
     if limits["memory_bytes"] is not None and not layout.cache:
         raise NothingFitsError(
             "this model's KV cache is unknown (its forward pass could not be traced), so its "
@@ -62,6 +66,11 @@ def run_query(
         f"(KV cache {show_bytes(cache)})",
         "KL, nats per token": f"{point.kl:.5f} ({point.kl_low:.5f} to {point.kl_high:.5f})",
         "perplexity": f"{point.perplexity:.3f} (unquantized {front.reference_perplexity or 0:.3f})",
+        **{
+            f"{phase} latency": show_seconds(took)
+            for phase in latency.PHASES
+            if (took := latency.seconds(front.job, point.map_hash, phase)) is not None
+        },
         "control": point.control or "no",
         "take it": f"bitfront export {front.job.id} --point {point.id} --to map -o DIR",
     }

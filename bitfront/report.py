@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from bitfront.audit_views import audit_remarks, calibration_figure, ranked
-from bitfront.fronts import Front, Point
+from bitfront.fronts import Front, Point, layout_of
 from bitfront.sizes import show_bytes
 from quantization.errors import ExportError
 from quantization.units import Layout, Unit
@@ -138,7 +138,7 @@ def _trace(
 
 def heat_map(front: Front) -> go.Figure:
     """Bits of each unit: rows are kinds of unit, columns layers; a menu switches maps."""
-    layout = Layout.from_json(front.model.layout)
+    layout = layout_of(front.job, front.model)
     rows = _rows(layout)
     shown = [p for p in front.points if p.on_front] or list(front.points)
     grids = [_grid(front, layout, rows, point) for point in shown]
@@ -200,7 +200,7 @@ def _grid(
 
 
 def _facts(front: Front) -> str:
-    layout = Layout.from_json(front.model.layout)
+    layout = layout_of(front.job, front.model)
     pinned = sum(1 for row in front.job.facts["choices"] if len(row) == 1)
     reference = front.reference_perplexity
     return (

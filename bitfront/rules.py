@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitfront.config import ConfigError, Menu
+from engines import Engine
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout, Unit
 from search.problem import FewFormats, Ints, changed
@@ -15,8 +16,10 @@ KINDS = ("embedding", "experts", "head", "linear")
 CHANGED = "changed_units"
 
 
-def choices(layout: Layout, menu: Menu) -> tuple[tuple[Scheme, ...], ...]:
-    """The schemes that each unit may get.
+def choices(
+    layout: Layout, menu: Menu, engine: Engine | None = None
+) -> tuple[tuple[Scheme, ...], ...]:
+    """The schemes that each unit may get; where an engine is to serve them, those that it can.
 
     Raises:
         ConfigError: a pattern that matches nothing, or a unit that nothing is left for.
@@ -25,7 +28,20 @@ def choices(layout: Layout, menu: Menu) -> tuple[tuple[Scheme, ...], ...]:
     schemes = [Scheme.parse(name) for name in dict.fromkeys(menu.schemes)]
     pins = {pattern: Scheme.parse(name) for pattern, name in menu.pinned.items()}
     bans = {p: {Scheme.parse(name) for name in names} for p, names in menu.forbidden.items()}
-    return tuple(_choices(unit, schemes, pins, bans) for unit in layout.units)
+    found = tuple(_choices(unit, schemes, pins, bans) for unit in layout.units)
+    return tuple(_served(u, row, engine) for u, row in zip(layout.units, found, strict=True))
+
+
+def _served(unit: Unit, schemes: tuple[Scheme, ...], engine: Engine | None) -> tuple[Scheme, ...]:
+    """Those that the engine serves."""
+    if engine is None:
+        return schemes
+    reasons = {s: [why for site in unit.sites if (why := engine.refusal(site, s))] for s in schemes}
+    served = tuple(scheme for scheme, why in reasons.items() if not why)
+    if not served:
+        why = next(iter(reasons.values()))[0]
+        raise ConfigError(f"{engine.name} serves no scheme of the menu for {unit.name}: {why}")
+    return served
 
 
 def _choices(

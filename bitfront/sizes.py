@@ -1,4 +1,4 @@
-"""Sizes as people write them (`120MB`, `1.5GiB`), to bytes and back."""
+"""Sizes and times as people write them (`120MB`, `1.5GiB`, `8ms`), to bytes and seconds and back."""
 
 import re
 
@@ -9,6 +9,7 @@ UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -18,6 +19,22 @@ def parse_bytes(text: str) -> int:
     if not match or match.group(2).upper() not in UNITS:
         raise BitfrontError(f"'{text}' is not a size; write 120MB, 1.5GiB or a number of bytes")
     return int(float(match.group(1)) * UNITS[match.group(2).upper()])
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of `8ms`, `250us` or `1.5s`."""
+    match = PATTERN.fullmatch(text.replace("\u00b5", "u"))
+    if not match or match.group(2).lower() not in TIMES or not float(match.group(1)):
+        raise BitfrontError(f"'{text}' is not a time; write 8ms, 250us or 1.5s")
+    return float(match.group(1)) * TIMES[match.group(2).lower()]
+
+
+def show_seconds(seconds: float) -> str:
+    """`8.25 ms`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds * 1e6:.4g} \u00b5s"
 
 
 def show_bytes(count: float) -> str:

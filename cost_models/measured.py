@@ -1,13 +1,15 @@
 """Seconds of units under schemes from measured products, corrected by whole models that were run.
 
-    t(map) = gain x sum of its products + overhead
+    t(map) = sum over kernels k of gain_k x (its products' sum) + overhead
 
-What a table of products leaves out (attention, norms, rotary embedding, waiting between products)
-is the same for all maps; what it gets wrong (products in a model find other data in the caches than
-products on their own) is a factor. Both are fitted on a few maps that the engine has run end to
-end, and what those still differ by is the model's error.
+What a table of products leaves out (attention, norms, waiting between products) is the same for all
+maps; what it gets wrong is a factor of each kernel, since products in a model find other data in the
+caches than products on their own. Both are fitted on some maps that the engine has run end to end:
+linear regression with a Gaussian prior around the table as it is, whose posterior tells how sure a
+prediction is.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
@@ -23,6 +25,10 @@ from quantization.units import Layout, Unit
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
+COMMON_GAIN, OWN_GAIN = 0.5, 0.15
+"""Prior deviations of what all kernels' gains share, and of each one's own."""
+NOISE, LEAST_NOISE, STEPS = 0.03, 0.003, 30
+Floats = NDArray[np.float64]
 AT_ONCE = 512
 """Tokens that an engine puts through a layer together; a longer prompt takes several turns."""
 
@@ -89,44 +95,96 @@ def table(
     return found
 
 
+def features(
+    layout: Layout,
+    schemes: Sequence[Scheme],
+    engine: Engine,
+    workload: Workload,
+    phase: Phase,
+    seconds: Mapping[Cell, float],
+) -> dict[str, float]:
+    """Of one map, by kernel: the sum of the seconds of its products."""
+    sums: dict[str, float] = defaultdict(float)
+    for unit, scheme in zip(layout.units, schemes, strict=True):
+        for product in products(unit, scheme, engine, workload, phase):
+            sums[product.cell.kernel] += product.times * seconds.get(product.cell, np.nan)
+    return dict(sums)
+
+
+def ratio(own_s: Sequence[float], beside_s: Sequence[float]) -> float:
+    """How much longer a map takes than the reference that was timed in turns with it.
+
+    The median over pairs of neighbours: what slows the machine for a moment slows both of a pair, or
+    is an outlier.
+    """
+    return float(np.median(np.asarray(own_s) / np.asarray(beside_s)))
+
+
 @dataclass(frozen=True)
 class Fit:
-    """From a sum of products to a phase's seconds.
+    """A Gaussian over gains and overhead.
 
     Args:
-        gain: of the sum.
-        overhead_s: on top of it.
-        error: relative, of one prediction (one standard deviation); None where too few maps ran.
+        kernels: in the order of the gains.
+        mean: gains, then the overhead in seconds (K + 1).
+        covariance: of both.
+        noise: of one run, relative (one standard deviation).
         runs: how many maps it was fitted on.
     """
 
-    gain: float = 1.0
-    overhead_s: float = 0.0
-    error: float | None = None
-    runs: int = 0
+    kernels: tuple[str, ...]
+    mean: Floats
+    covariance: Floats
+    noise: float
+    runs: int
 
-    def predict(self, sum_s: float) -> float:
-        """Seconds of a map."""
-        return self.gain * sum_s + self.overhead_s
+    @property
+    def overhead_s(self) -> float:
+        """Seconds that all maps take beside their products."""
+        return float(self.mean[-1])
+
+    def gain(self, kernel: str) -> float:
+        """The factor of a kernel's products; those that no map had get the others' mean."""
+        if kernel in self.kernels:
+            return float(self.mean[self.kernels.index(kernel)])
+        return float(self.mean[:-1].mean()) if self.kernels else 1.0
+
+    def predict(self, sums: Mapping[str, float]) -> tuple[float, float]:
+        """Seconds of a map with these sums by kernel, and their standard error.
+
+        The noise of the run that one would compare it with isn't in it.
+        """
+        seconds = self.overhead_s + sum(self.gain(k) * s for k, s in sums.items())
+        row = np.array([sums.get(kernel, 0.0) for kernel in self.kernels] + [1.0])
+        strangers = sum(s for k, s in sums.items() if k not in self.kernels)
+        variance = row @ self.covariance @ row + (OWN_GAIN * strangers) ** 2
+        return seconds, sqrt(max(float(variance), 0.0))
 
 
-def fit(sums_s: Sequence[float], measured_s: Sequence[float]) -> Fit:
-    """Least squares of relative errors; neither gain nor overhead is below zero.
+def fit(maps: Sequence[Mapping[str, float]], measured_s: Sequence[float]) -> Fit:
+    """Regression on relative errors, its noise estimated with it (expectation maximisation).
+
+    Source: Bishop, Pattern Recognition and Machine Learning, eq. 3.50-3.51 and 9.3.4.
 
     Args:
-        sums_s: of the products of some maps.
+        maps: sums by kernel, as `features` gives them.
         measured_s: what those maps took.
     """
-    x, y = np.asarray(sums_s, dtype=float), np.asarray(measured_s, dtype=float)
-    if len(x) == 0:
-        return Fit()
-    rows = np.column_stack([x, np.ones_like(x)]) / y[:, None]
-    (gain, overhead), *_ = np.linalg.lstsq(rows, np.ones(len(y)), rcond=None)
-    if overhead < 0 or len(x) < 2:
-        gain, overhead = float((x / y).sum() / ((x / y) ** 2).sum()), 0.0
-    elif gain < 0:
-        gain, overhead = 0.0, float((1 / y).sum() / (1 / y**2).sum())
-    residual = (gain * x + overhead) / y - 1
-    free = len(x) - 2
-    error = sqrt(float((residual**2).sum()) / free) if free > 0 else None
-    return Fit(float(gain), float(overhead), error, len(x))
+    kernels = tuple(sorted({kernel for sums in maps for kernel in sums}))
+    count = len(kernels)
+    y = np.asarray(measured_s, dtype=np.float64)
+    prior = np.zeros((count + 1, count + 1))
+    prior[:count, :count] = COMMON_GAIN**2 + OWN_GAIN**2 * np.eye(count)
+    prior[count, count] = float(y.mean()) ** 2 if len(y) else 1.0
+    start = np.concatenate([np.ones(count), [0.0]])
+    if not len(y):
+        return Fit(kernels, start, prior, NOISE, 0)
+    rows = np.array([[*(sums.get(k, 0.0) for k in kernels), 1.0] for sums in maps]) / y[:, None]
+    inverse, noise = np.linalg.inv(prior), NOISE
+    for _ in range(STEPS):
+        covariance = np.linalg.inv(inverse + rows.T @ rows / noise**2)
+        mean = covariance @ (inverse @ start + rows.sum(axis=0) / noise**2)
+        left = 1 - rows @ mean
+        spread = np.einsum("ij,jk,ik->i", rows, covariance, rows)
+        noise = max(sqrt(float((left**2 + spread).mean())), LEAST_NOISE)
+    return Fit(kernels, mean, covariance.astype(np.float64), noise, len(y))

@@ -1,10 +1,12 @@
 """Weight bytes: exact, scales, zero points and padding included. Template for a cost model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.base import Engine
 from quantization.formats import FORMATS
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout, Unit
@@ -12,16 +14,29 @@ from quantization.units import Layout, Unit
 RESOURCE = "weight_bytes"
 
 
-def unit_bytes(unit: Unit, scheme: Scheme) -> int:
+def unit_bytes(unit: Unit, scheme: Scheme, engine: Engine | None = None) -> int:
     """Bytes of a unit's packed tensors; tied parameters are stored once."""
+    if engine and not any(engine.refusal(site, scheme) for site in unit.stored):
+        return sum(engine.nbytes(scheme, site.shape) for site in unit.stored)
     return sum(FORMATS[scheme.weight].nbytes(site.shape) for site in unit.stored)
 
 
-def table(layout: Layout, menu: Sequence[Scheme]) -> NDArray[np.int64]:
-    """Units x schemes. A map's total is its sum plus `other_bytes`."""
-    return np.array([[unit_bytes(unit, scheme) for scheme in menu] for unit in layout.units])
+def table(
+    layout: Layout, menu: Sequence[Scheme], engine: Engine | None = None
+) -> NDArray[np.int64]:
+    """Units x schemes; an engine's bytes where there is one. A map's total adds `other_bytes`."""
+    rows = [[unit_bytes(unit, scheme, engine) for scheme in menu] for unit in layout.units]
+    return np.array(rows)
 
 
-def other_bytes(layout: Layout) -> int:
-    """What no unit holds: norms, biases and layers that weren't placed, in full precision."""
+def other_bytes(layout: Layout, engine: Engine | None = None, config: Any = None) -> int:
+    """What no unit holds: norms, biases and layers that weren't placed, in full precision.
+
+    Args:
+        layout: the model's.
+        engine: whose file is counted; our own packed tensors without one.
+        config: the model's transformers configuration, which some engines count by.
+    """
+    if engine:
+        return engine.other_bytes(layout, config)
     return FORMATS[FULL_PRECISION].nbytes((layout.other_numel,)) if layout.other_numel else 0

@@ -16,6 +16,7 @@ TARGETS.add("gguf", "engines.llama_cpp:GGUFFile")
 
 ENGINES: Registry[str] = Registry("engine")
 ENGINES.add("llama.cpp", "engines.llama_cpp:LlamaCpp")
+ENGINES.add("torch", "engines.torch_kernels:TorchKernels")
 
 
 def load_target(name: str) -> Target:

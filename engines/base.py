@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantization.checkpoints import Checkpoint
 from quantization.precision_map import PrecisionMap
 from quantization.schemes import Scheme
 from quantization.units import Layout, Site
@@ -78,6 +79,23 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Exercise:
+    """What a whole model is timed at.
+
+    Args:
+        prompt: tokens that are processed at once.
+        past: tokens in the KV cache when tokens are generated.
+        generated: how many are.
+        threads: of the CPU.
+    """
+
+    prompt: int
+    past: int
+    generated: int
+    threads: int
+
+
+@dataclass(frozen=True)
 class Run:
     """Seconds of a whole model: of each repeat of a prompt, and of each generated token."""
 
@@ -92,6 +110,8 @@ class Engine(ABC):
     """
 
     name: str
+    fuses: bool
+    """Whether the sites of a unit are one matrix to it, and must have one scheme."""
 
     @abstractmethod
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
@@ -137,4 +157,30 @@ class Engine(ABC):
 
         Raises:
             EngineError: no such kernel, or no memory for it.
+        """
+
+    @abstractmethod
+    def time_map(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        schemes: Sequence[Scheme],
+        reference: Sequence[Scheme],
+        exercise: Exercise,
+    ) -> tuple[Run, Run]:
+        """Time a whole model, and another in turns with it: the machine's drift slows both.
+
+        Args:
+            checkpoint: whose shapes they have; values don't matter.
+            layout: its units.
+            schemes: one for each unit.
+            reference: those of the model beside it.
+            exercise: what they do.
+
+        Returns:
+            The model's seconds and the reference's.
+
+        Raises:
+            EngineError: the engine refuses, or has no memory for it.
+            ExportError: a kind of model that it doesn't know.
         """

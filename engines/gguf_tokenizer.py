@@ -7,6 +7,7 @@ equal transformers' on a text full of the differences. A tokenizer that none fit
 
 import json
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocab: int) -
     """
     source = Path(checkpoint.name).expanduser()
     if source.suffix == ".gguf" and source.is_file():
-        _copy(writer, gguf.GGUFReader(source))
+        for name, value, kind, of in _fields_of(source):
+            writer.add_key_value(name, value, kind, of)
         return
     tokenizer = load_tokenizer(checkpoint)
     fields = _fields(tokenizer, vocab)
@@ -64,12 +66,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocab: int) -
         writer.add_chat_template(template)
 
 
-def _copy(writer: gguf.GGUFWriter, reader: gguf.GGUFReader) -> None:
+@lru_cache(maxsize=1)
+def _fields_of(source: Path) -> list[tuple[str, Any, Any, Any]]:
     """The tokenizer's fields as they are; transformers would have lost some."""
-    for name, field in reader.fields.items():
-        if name.startswith(PREFIX):
-            kind, *of = field.types
-            writer.add_key_value(name, field.contents(), kind, of[-1] if of else None)
+    return [
+        (name, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
+        for name, field in gguf.GGUFReader(source).fields.items()
+        if name.startswith(PREFIX)
+    ]
 
 
 def _fields(tokenizer: Any, vocab: int) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def _fields(tokenizer: Any, vocab: int) -> dict[str, Any]:
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     spm = bool(model.get("byte_fallback"))
     kinds = [_kind(i, names, added, tokens, spm) for i in range(size)]
-    fields = {"model": "llama" if spm else "gpt2", "tokens": tokens, "kinds": kinds}
+    fields: dict[str, Any] = {"model": "llama" if spm else "gpt2", "tokens": tokens, "kinds": kinds}
     if spm:
         rank = {merge.replace(" ", ""): -float(i) for i, merge in enumerate(merges)}
         fields["scores"] = [rank.get(token, 0.0) for token in tokens]
@@ -106,7 +110,9 @@ def _fields(tokenizer: Any, vocab: int) -> dict[str, Any]:
     return fields
 
 
-def _kind(i: int, names: dict[int, str], added: dict[int, Any], tokens: list[str], spm: bool) -> int:
+def _kind(
+    i: int, names: dict[int, str], added: dict[int, Any], tokens: list[str], spm: bool
+) -> int:
     if i not in names:
         return UNUSED
     if i in added:

@@ -95,7 +95,7 @@ def time_products(
 def _timing(cell: Cell, threads: int, reference: "_Graph", usual_s: float) -> Timing:
     with _products(cell, threads) as graph:
         graph.run()  # the first finds pages missing
-        ratios = []
+        ratios: list[float] = []
         while len(ratios) < REPEATS:
             before, own, after = reference.seconds(), graph.seconds(), reference.seconds()
             ratios.append(2 * own / (before + after))

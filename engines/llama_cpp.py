@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Cell, Engine, Export, Target, Timing
+from engines.base import Cell, Engine, Exercise, Export, Run, Target, Timing
 from engines.neutral_map import NeutralMap
-from quantization.checkpoints import load_config
+from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ExportError
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout, Site
@@ -32,11 +32,14 @@ class LlamaCpp(Engine):
     """llama.cpp on this machine's CPU, through the xllamacpp wheel."""
 
     name = "llama.cpp"
+    fuses = False
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Engine.refusal`."""
         if scheme.activation != FULL_PRECISION:
-            return f"llama.cpp chooses how activations are rounded; {scheme.activation} can't be set"
+            return (
+                f"llama.cpp chooses how activations are rounded; {scheme.activation} can't be set"
+            )
         if scheme.weight == FULL_PRECISION or scheme.weight.startswith(PREFIX):
             return None
         return f"llama.cpp has no {scheme.weight}; its types are gguf-q4_K and so on"
@@ -71,6 +74,27 @@ class LlamaCpp(Engine):
         from engines.llama_cells import time_products
 
         return time_products(cells, threads, done)
+
+    def time_map(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        schemes: Sequence[Scheme],
+        reference: Sequence[Scheme],
+        exercise: Exercise,
+    ) -> tuple[Run, Run]:
+        """See `Engine.time_map`."""
+        from engines.llama_runs import time_beside
+
+        own, beside = (
+            {
+                site.parameter: self.kernel(scheme, site.shape)
+                for unit, scheme in zip(layout.units, found, strict=True)
+                for site in unit.stored
+            }
+            for found in (schemes, reference)
+        )
+        return time_beside(checkpoint, layout, own, beside, exercise)
 
 
 class GGUFFile(Target):

@@ -25,7 +25,6 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 F16 = 1
-WARM_UP_TOKENS = 4
 c_int, c_uint, c_float, c_void = ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
 
 
@@ -104,6 +103,9 @@ def llama() -> ctypes.CDLL:
         "llama_get_memory": (c_void, [c_void]),
         "llama_memory_clear": (None, [c_void, ctypes.c_bool]),
         "llama_memory_seq_rm": (ctypes.c_bool, [c_void, c_int, c_int, c_int]),
+        "llama_state_seq_get_size": (ctypes.c_size_t, [c_void, c_int]),
+        "llama_state_seq_get_data": (ctypes.c_size_t, [c_void, c_void, ctypes.c_size_t, c_int]),
+        "llama_state_seq_set_data": (ctypes.c_size_t, [c_void, c_void, ctypes.c_size_t, c_int]),
         "llama_batch_get_one": (_Batch, [c_void, c_int]),
         "llama_decode": (c_int, [c_void, _Batch]),
         "llama_synchronize": (None, [c_void]),
@@ -130,9 +132,11 @@ def llama() -> ctypes.CDLL:
     return found
 
 
-@ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void)
-def _silence(_level: int, _text: bytes, _data: int) -> None:
+def _ignore(_level: int, _text: bytes, _data: int) -> None:
     """llama.cpp tells all it does; its refusals come as return values."""
+
+
+_silence = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void)(_ignore)
 
 
 def _checked(found: ctypes.CDLL) -> None:
@@ -277,20 +281,32 @@ class LlamaModel:
             found.append(time.perf_counter() - start)
         return found
 
-    def decode_s(self, tokens: int, past: int = 0) -> list[float]:
-        """Seconds of each of some generated tokens, behind `past` tokens in the KV cache."""
-        if past:
-            self.prefill_s(past)
-        else:
-            self._clear()
+    def state(self) -> NDArray[np.uint8]:
+        """The KV cache, for another model of the same shape."""
+        size = self._llama.llama_state_seq_get_size(self._context, 0)
+        data = np.empty(size, dtype=np.uint8)
+        self._llama.llama_state_seq_get_data(self._context, data.ctypes.data, size, 0)
+        return data
+
+    def restore(self, state: NDArray[np.uint8]) -> None:
+        """Take over a KV cache; `step_s` goes on behind it.
+
+        Raises:
+            EngineError: it is of a model of another shape.
+        """
+        self._clear()
+        if not self._llama.llama_state_seq_set_data(
+            self._context, state.ctypes.data, state.nbytes, 0
+        ):
+            raise EngineError("llama.cpp doesn't take a KV cache from a model of another shape")
+
+    def step_s(self) -> float:
+        """Seconds of one more token."""
         one = np.array([10], dtype=np.int32)
-        found = []
-        for _ in range(WARM_UP_TOKENS + tokens):
-            start = time.perf_counter()
-            self._decode(self._llama.llama_batch_get_one(one.ctypes.data, 1))
-            self._llama.llama_synchronize(self._context)
-            found.append(time.perf_counter() - start)
-        return found[WARM_UP_TOKENS:]
+        start = time.perf_counter()
+        self._decode(self._llama.llama_batch_get_one(one.ctypes.data, 1))
+        self._llama.llama_synchronize(self._context)
+        return time.perf_counter() - start
 
     def _clear(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)

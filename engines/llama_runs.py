@@ -5,21 +5,27 @@ map is written as fast as the disk takes it.
 """
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Run
+from engines.base import Exercise, Run
 from engines.gguf_file import F32, Stored, write_gguf
 from engines.llama_library import LlamaModel, llama
 from quantization.checkpoints import Checkpoint
 from quantization.formats.gguf import TYPES
 from quantization.units import Layout
+from quantization.weights import open_weights
 
+LEAST_PROMPTS, MOST_PROMPTS, ENOUGH_S = 2, 6, 6.0
+"""Pairs of prompts that count: as many as fit into some seconds."""
+WARM_UP = 4
+"""Tokens that don't count."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- a folder of our own is made in it
 
 
@@ -28,6 +34,7 @@ def opened(
     checkpoint: Checkpoint,
     layout: Layout,
     kernels: Mapping[str, str],
+    *,
     others: Mapping[str, tuple[int, ...]],
     threads: int,
     context: int,
@@ -62,18 +69,61 @@ def opened(
             yield model
 
 
-def time_run(model: LlamaModel, prompt: int, past: int, tokens: int, repeats: int) -> Run:
-    """Time prompt processing and generation.
+def time_beside(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    kernels: Mapping[str, str],
+    reference: Mapping[str, str],
+    exercise: Exercise,
+) -> tuple[Run, Run]:
+    """See `Engine.time_map`; maps name ggml's type for each parameter."""
+    placed = {site.parameter for unit in layout.units for site in unit.stored}
+    weights = open_weights(checkpoint)
+    others = {name: tuple(weights[name].shape) for name in weights if name not in placed}
+    context = max(exercise.prompt, exercise.past + exercise.generated + WARM_UP) + 1
+    start = partial(
+        opened, checkpoint, layout, others=others, threads=exercise.threads, context=context
+    )
+    with start(reference) as usual, start(kernels) as model:
+        own, beside = _prompts(model, usual, exercise.prompt)
+        state = _cache(usual, checkpoint.weights_hash, exercise.past)
+        own_tokens, beside_tokens = _tokens(model, usual, state, exercise.generated)
+    return Run(own, own_tokens), Run(beside, beside_tokens)
 
-    Args:
-        model: in llama.cpp.
-        prompt: tokens of the prompt.
-        past: tokens in the KV cache when generation starts.
-        tokens: how many are generated.
-        repeats: of the prompt; the first, which warms up, isn't counted.
-    """
-    prefill = model.prefill_s(prompt, repeats + 1)[1:] if repeats else []
-    return Run(tuple(prefill), tuple(model.decode_s(tokens, past)))
+
+def _prompts(
+    model: LlamaModel, usual: LlamaModel, tokens: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A prompt of one, a prompt of the other, and so on; the first pair doesn't count."""
+    pairs: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(pairs) < 1 + LEAST_PROMPTS or (
+        len(pairs) < 1 + MOST_PROMPTS and time.perf_counter() - start < ENOUGH_S
+    ):
+        pairs.append((model.prefill_s(tokens)[0], usual.prefill_s(tokens)[0]))
+    return tuple(own for own, _ in pairs[1:]), tuple(beside for _, beside in pairs[1:])
+
+
+def _tokens(
+    model: LlamaModel, usual: LlamaModel, state: NDArray[np.uint8], count: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A token of one, a token of the other, and so on."""
+    for one in (model, usual):
+        one.restore(state)
+    pairs = [(model.step_s(), usual.step_s()) for _ in range(WARM_UP + count)][WARM_UP:]
+    return tuple(own for own, _ in pairs), tuple(beside for _, beside in pairs)
+
+
+_caches: dict[tuple[str, int], NDArray[np.uint8]] = {}
+"""One filled KV cache a process: what is in it doesn't matter, and filling it takes long."""
+
+
+def _cache(model: LlamaModel, shape: str, past: int) -> NDArray[np.uint8]:
+    if (shape, past) not in _caches:
+        model.prefill_s(past)
+        _caches.clear()
+        _caches[shape, past] = model.state()
+    return _caches[shape, past]
 
 
 Read = Callable[[], NDArray[np.uint8]]

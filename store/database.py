@@ -20,7 +20,7 @@ from store.errors import StoreError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest revision in `migrations/versions`; a test compares it with Alembic's own answer."""
 VERSION_TABLE = "bitfront_alembic_version"
 LOCK_PATIENCE_S = 30.0

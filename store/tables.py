@@ -117,3 +117,50 @@ class SensitivityShare(Base):
     experts: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     maps: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
     seconds: Mapped[float] = mapped_column(Float)
+
+
+class CellTime(Base):
+    """A product's time with one kernel on one device; `failure` where it can't be run there.
+
+    `kernels` is the version of the engine's kernels; `spread_s` half an interquartile range.
+    """
+
+    __tablename__ = "cell_times"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device: Mapped[str] = mapped_column(Text)
+    engine: Mapped[str] = mapped_column(String(32))
+    kernels: Mapped[str] = mapped_column(Text)
+    threads: Mapped[int] = mapped_column(Integer)
+    rows: Mapped[int] = mapped_column(Integer)
+    columns: Mapped[int] = mapped_column(Integer)
+    kernel: Mapped[str] = mapped_column(String(64))
+    batch: Mapped[int] = mapped_column(Integer)
+    median_s: Mapped[float | None] = mapped_column(Float)
+    spread_s: Mapped[float | None] = mapped_column(Float)
+    failure: Mapped[str | None] = mapped_column(Text)
+    measured_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
+
+
+class MapTime(Base):
+    """A whole map that an engine has run on a device: seconds of each prompt and generated token.
+
+    `map` identifies the model's shapes and the kernel of each parameter, not the weights: times
+    don't depend on those. `reference` is the map that was timed in turns with it.
+    """
+
+    __tablename__ = "map_times"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device: Mapped[str] = mapped_column(Text)
+    engine: Mapped[str] = mapped_column(String(32))
+    kernels: Mapped[str] = mapped_column(Text)
+    threads: Mapped[int] = mapped_column(Integer)
+    map: Mapped[str] = mapped_column(String(64), index=True)
+    workload: Mapped[dict[str, Any]] = mapped_column(JSON)
+    prefill_s: Mapped[list[float]] = mapped_column(JSON)
+    decode_s: Mapped[list[float]] = mapped_column(JSON)
+    reference: Mapped[str] = mapped_column(String(64))
+    reference_prefill_s: Mapped[list[float]] = mapped_column(JSON)
+    reference_decode_s: Mapped[list[float]] = mapped_column(JSON)
+    measured_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)

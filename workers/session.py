@@ -3,6 +3,7 @@
 import fcntl
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engines import load_engine
+from engines.base import Cell, Exercise, Run, Timing
 from evaluation.arithmetic import DTYPES, default_device
 from evaluation.calibration import calibrate
 from evaluation.evaluator import Evaluator, Measurement
@@ -122,6 +125,22 @@ class Session:
         return_memory()
         return floor
 
+    def time_cells(self, engine: str, cells: Sequence[Cell], threads: int) -> list[Timing]:
+        """Products with an engine's kernels on this machine."""
+        return load_engine(engine).time_cells(cells, threads, _ignore)
+
+    def time_map(
+        self,
+        engine: str,
+        schemes: tuple[str, ...],
+        reference: tuple[str, ...],
+        exercise: Exercise,
+    ) -> tuple[Run, Run]:
+        """A whole model in an engine on this machine, and a reference beside it."""
+        own, beside = ([Scheme.parse(name) for name in names] for names in (schemes, reference))
+        checkpoint, layout = self._local_checkpoint(), self._spec.layout
+        return load_engine(engine).time_map(checkpoint, layout, own, beside, exercise)
+
     def scheme(self, name: str) -> Scheme:
         """The scheme of that name, among those of the session."""
         return self._schemes[name]
@@ -187,6 +206,10 @@ class Session:
         """The checkpoint on this node; a folded one is there once `prepare` has made it."""
         folding = self._spec.folding
         return folding.checkpoint if folding else _on_this_node(self._spec.checkpoint)
+
+
+def _ignore(_: int) -> None:
+    """A worker reports tasks, not parts of them."""
 
 
 def _on_this_node(wanted: Checkpoint) -> Checkpoint:

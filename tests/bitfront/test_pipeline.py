@@ -338,7 +338,9 @@ def test_a_transformed_job_is_a_job_of_its_own(done, transform, tmp_path):
 def test_without_a_transform_keys_are_what_they_were(done):
     """The field came later: it must not orphan what stores hold."""
     _, _, plan = done
-    new = dict.fromkeys(("transform", "imatrix", "bank", "refinement", "interactions"), True)
+    new = dict.fromkeys(
+        ("transform", "imatrix", "bank", "refinement", "interactions", "serving"), True
+    )
     new_in_menu = {"forbidden", "most_formats", "left_alone"}
     config = plan.config.model_dump(mode="json", exclude={**new, "menu": new_in_menu})
     named = {"model", "revision", "texts", "dtype"}

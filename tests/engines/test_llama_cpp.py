@@ -106,7 +106,9 @@ def test_a_file_that_computes_something_else_is_refused(written):
 
 def test_maps_that_it_cant_serve_are_refused_with_their_units(make_bank, tmp_path):
     bank = make_bank("llama")
-    schemes = [("bf16", "bf16") if u.layer is None else ("int2-g32", "bf16") for u in bank.layout.units]
+    schemes = [
+        ("bf16", "bf16") if u.layer is None else ("int2-g32", "bf16") for u in bank.layout.units
+    ]
     names = build_map(bank.layout, schemes, ModelEntry(name="tiny", weights_hash="0" * 64), {})
     export = Export(names, Evaluator(bank, torch.device("cpu")), CHUNKS, 1.0)
     with pytest.raises(ExportError, match=r"can't serve 8 units: .*q_proj.*has no int2-g32"):

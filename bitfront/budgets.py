@@ -1,0 +1,86 @@
+"""Budgets of a job in weight bytes: asked for, or the menu's own sizes; memory limits cap them."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitfront import serving
+from bitfront.config import ConfigError
+from cost_models import weight_bytes
+from cost_models.geometry import geometry_of
+from cost_models.memory import activation_bytes, kv_cache_bytes
+from quantization.checkpoints import load_config
+from search.errors import InfeasibleBudgetError
+
+if TYPE_CHECKING:
+    from bitfront.plan import Plan
+
+
+def budgets(plan: "Plan") -> tuple[int, ...]:
+    """The job's budgets in weight bytes, rising.
+
+    Raises:
+        InfeasibleBudgetError: one below the smallest map, or a limit on memory that none fits into.
+        ConfigError: a limit on memory for a model whose KV cache is unknown.
+    """
+    fixed = plan.fixed_bytes
+    wanted = [fixed + int(bits * plan.quantizable_numel / 8) for bits in plan.config.budgets]
+    wanted += plan.config.budgets_bytes
+    smallest = plan.other_bytes + _smallest(plan)
+    most = _most(plan)
+    if smallest > most:
+        limit = plan.config.serving.max_memory_bytes or 0
+        raise InfeasibleBudgetError(
+            f"no map fits into {limit:,} bytes of memory: the smallest has {smallest:,} of weights, "
+            f"and {limit - most:,} go to the KV cache of {plan.config.serving.batch} x "
+            f"{plan.config.serving.context} tokens and to activations; raise --max-memory, lower "
+            "--context, or add smaller formats to the menu"
+        )
+    wanted = [min(budget, most) for budget in wanted]
+    for budget in wanted:
+        if budget < smallest:
+            bits = 8 * (smallest - fixed) / plan.quantizable_numel
+            raise InfeasibleBudgetError(
+                f"no map fits into {budget:,} weight bytes: the smallest has {smallest:,} "
+                f"({bits:.4g} bits on average; {fixed:,} of the bytes are pinned to full "
+                "precision); raise the budget, or add smaller formats to the menu"
+            )
+    sizes = [min(b, most) for b in _default_budgets(plan) if b >= smallest]
+    return tuple(sorted(set(wanted or sizes)))
+
+
+def _most(plan: "Plan") -> int:
+    """The weight bytes that a limit on memory leaves."""
+    wanted = plan.config.serving
+    if wanted.max_memory_bytes is None:
+        return int(np.iinfo(np.int64).max)
+    workload = serving.workload_of(wanted)
+    if not plan.layout.cache:
+        raise ConfigError(
+            "this model's KV cache is unknown (its forward pass could not be traced), so its memory "
+            "is, too; constrain --max-size instead of --max-memory"
+        )
+    geometry = geometry_of(load_config(plan.checkpoint), plan.layout)
+    held = kv_cache_bytes(plan.layout, workload)
+    return wanted.max_memory_bytes - held - activation_bytes(plan.layout, geometry, workload)
+
+
+def _smallest(plan: "Plan") -> int:
+    """The bytes of the smallest map that the menu's rules allow."""
+    problem = plan.problem(plan.bytes_table.astype(np.float64))
+    if not (problem.few or plan.other_limits):
+        return problem.smallest(weight_bytes.RESOURCE)
+    from search.exact import solve
+
+    return solve(problem, plan.other_limits).costs[weight_bytes.RESOURCE]
+
+
+def _default_budgets(plan: "Plan") -> list[int]:
+    """The bytes of the menu's uniform maps and the middles between neighbours."""
+    from search.controls import uniform
+
+    problem = plan.problem(np.zeros(plan.bytes_table.shape))
+    maps = [uniform(problem, column) for column in range(len(plan.menu))]
+    sizes = sorted({plan.weight_bytes(choice) for choice in maps if choice is not None})
+    return sizes + [(a + b) // 2 for a, b in pairwise(sizes)]

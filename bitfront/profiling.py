@@ -1,0 +1,286 @@
+"""Profiles: products and a few whole maps timed on a device, each once, and the model they make.
+
+Times are taken by one worker with all the cores that a serving process would have, one task at a
+time, and committed as they come: a profile that is killed goes on where it was.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront.progress import Progress
+from cost_models import measured
+from cost_models.measured import PHASES, Fit, Phase
+from cost_models.memory import Workload
+from engines.base import Cell, Engine, Exercise
+from quantization.errors import BitfrontError, EngineError, WorkerError
+from quantization.precision_map import map_hash
+from quantization.schemes import Scheme
+from quantization.units import Layout
+from store.database import Store
+from store.queries import key_of
+from store.tables import CellTime, MapTime
+from store.times import Place, cell_times, map_times, save_time
+from workers.pool import Pool, Task
+
+CELLS, MAPS = "timing products", "timing whole maps"
+TOGETHER = 4
+"""Products that a task times: few, since a kill loses what a task has not told."""
+ANCHORS = 8
+MAP_WEIGHT = 4.0
+GENERATED = 48
+NOISY = 0.15
+"""Of a median: a spread beyond it swamps the differences that a search would act on."""
+Choice = NDArray[np.intp]
+
+
+class NoTimesError(BitfrontError):
+    """Times that a question needs and that nobody could take."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed where.
+
+    Args:
+        place: device, engine, kernels, threads.
+        engine: that of the place.
+        workload: what the phases are timed for.
+        layout: the model's units.
+        menu: the schemes, columns of all tables.
+        offered: units x schemes, those that are timed.
+    """
+
+    place: Place
+    engine: Engine
+    workload: Workload
+    layout: Layout
+    menu: tuple[Scheme, ...]
+    offered: NDArray[np.bool_]
+
+    @property
+    def choices(self) -> list[list[Scheme]]:
+        """The schemes of each unit."""
+        return [[s for s, on in zip(self.menu, row, strict=True) if on] for row in self.offered]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All products that its tables need."""
+        return measured.cells(self.layout, self.choices, self.engine, self.workload)
+
+    @property
+    def exercise(self) -> Exercise:
+        """What whole maps are timed at."""
+        return Exercise(self.workload.prompt, self.workload.context, GENERATED, self.place.threads)
+
+    def schemes(self, choice: Choice) -> tuple[Scheme, ...]:
+        """Those of an assignment."""
+        return tuple(self.menu[column] for column in choice)
+
+    def map_of(self, choice: Choice) -> str:
+        """What tells the times of an assignment from others': shapes and schemes."""
+        pairs = [(scheme.weight, scheme.activation) for scheme in self.schemes(choice)]
+        shapes = [site.shape for unit in self.layout.units for site in unit.sites]
+        return key_of(map_hash(self.layout, pairs), *shapes)
+
+    def cell_key(self, cell: Cell) -> str:
+        """Of the store."""
+        return self.place.of(cell.shape, cell.kernel, cell.batch)
+
+    def map_key(self, choice: Choice) -> str:
+        """Of the store."""
+        return self.place.of(self.map_of(choice), *asdict(self.exercise).items())
+
+    @property
+    def anchors(self) -> list[Choice]:
+        """Maps to fit on: a reference in the middle first, then mixes from the smallest to the largest.
+
+        Mixes and not uniform maps, since it is mixes that are predicted.
+        """
+        generator = np.random.default_rng(0)
+        nbytes = self._bytes()
+        order = np.argsort(np.where(self.offered, nbytes, np.inf), axis=1, kind="stable")
+        counts = self.offered.sum(axis=1)
+        rows = np.arange(len(order))
+        found = [order[rows, counts // 2]]
+        for step in range(ANCHORS):
+            place = step / (ANCHORS - 1)
+            drawn = np.clip(generator.normal(place, SPREAD, len(rows)), 0, 1)
+            found.append(order[rows, np.round(drawn * (counts - 1)).astype(int)])
+        return found
+
+    def _bytes(self) -> NDArray[np.float64]:
+        return np.array(
+            [
+                [
+                    sum(self.engine.nbytes(s, site.shape) for site in unit.stored) if on else np.inf
+                    for s, on in zip(self.menu, row, strict=True)
+                ]
+                for unit, row in zip(self.layout.units, self.offered, strict=True)
+            ],
+            dtype=np.float64,
+        )
+
+
+SPREAD = 0.25
+"""Of the places between smallest and largest scheme, within one anchor."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a subject's times."""
+
+    subject: Subject
+    cells: Mapping[Cell, CellTime]
+    maps: tuple[tuple[Choice, MapTime], ...]
+
+    @cached_property
+    def seconds(self) -> dict[Cell, float]:
+        """Of all products that could be timed."""
+        return {c: t.median_s for c, t in self.cells.items() if t.median_s is not None}
+
+    @cached_property
+    def fits(self) -> dict[Phase, Fit]:
+        """What turns sums of products into a phase's seconds."""
+        return {phase: self._fit(phase) for phase in PHASES}
+
+    def table_s(self, phase: Phase) -> NDArray[np.float64]:
+        """Units x schemes, seconds; with `fits[phase].overhead_s` they make a map's. NaN: unknown."""
+        subject, fit = self.subject, self.fits[phase]
+        scaled = {cell: fit.gain(cell.kernel) * s for cell, s in self.seconds.items()}
+        return measured.table(
+            subject.layout, subject.menu, subject.engine, subject.workload, phase, scaled
+        )
+
+    def predict(self, choice: Choice, phase: Phase) -> tuple[float, float]:
+        """Seconds of a map, and their standard error."""
+        return self.fits[phase].predict(self._sums(choice, phase))
+
+    def measured_s(self, row: MapTime, phase: Phase) -> float:
+        """What a map took, were the machine as fast as it usually is."""
+        usual = np.median([np.median(_phase(other, phase)[1]) for _, other in self.maps])
+        return float(usual) * measured.ratio(*_phase(row, phase))
+
+    @property
+    def noisy(self) -> list[CellTime]:
+        """Products whose repeats differ more than schemes do."""
+        return [
+            c for c in self.cells.values() if c.median_s and (c.spread_s or 0) > NOISY * c.median_s
+        ]
+
+    @property
+    def failed(self) -> list[CellTime]:
+        """Products that could not be timed."""
+        return [c for c in self.cells.values() if c.failure]
+
+    def _fit(self, phase: Phase) -> Fit:
+        sums = [self._sums(choice, phase) for choice, _ in self.maps]
+        return measured.fit(sums, [self.measured_s(row, phase) for _, row in self.maps])
+
+    def _sums(self, choice: Choice, phase: Phase) -> dict[str, float]:
+        s = self.subject
+        return measured.features(
+            s.layout, s.schemes(choice), s.engine, s.workload, phase, self.seconds
+        )
+
+
+def _phase(row: MapTime, phase: Phase) -> tuple[list[float], list[float]]:
+    """A map's seconds and those of the reference beside it."""
+    if phase == "prefill":
+        return row.prefill_s, row.reference_prefill_s
+    return row.decode_s, row.reference_decode_s
+
+
+def profile(subject: Subject, store: Store, pool: Pool, progress: Progress) -> Profile:
+    """Time what the store doesn't have, and return all of it.
+
+    Raises:
+        EngineError: the engine isn't there, or can't run the model at all.
+    """
+    keys = {cell: subject.cell_key(cell) for cell in subject.cells}
+    known = cell_times(store, list(keys.values()))
+    missing = [cell for cell, key in keys.items() if key not in known]
+    progress.expect({CELLS: float(len(missing)), MAPS: MAP_WEIGHT * (ANCHORS + 1)})
+    with progress.stage(CELLS, len(missing)) as advance:
+        for start in range(0, len(missing), TOGETHER):
+            for row in _time_cells(subject, pool, missing[start : start + TOGETHER]):
+                save_time(store, row)
+                known[row.key] = row
+                advance(1)
+    cells = {cell: known[key] for cell, key in keys.items()}
+    failed = {cell for cell, time in cells.items() if time.failure}
+    anchors = [c for c in subject.anchors if not failed & _needed(subject, c)]
+    maps = time_maps(subject, store, pool, progress, anchors, subject.anchors[0])
+    return Profile(subject, cells, tuple(zip(anchors, maps, strict=True)))
+
+
+def time_maps(
+    subject: Subject,
+    store: Store,
+    pool: Pool,
+    progress: Progress,
+    maps: Sequence[Choice],
+    reference: Choice,
+) -> list[MapTime]:
+    """Run whole maps in the engine, but for those that the store has."""
+    keys = [subject.map_key(choice) for choice in maps]
+    known = map_times(store, keys)
+    missing = {k: c for k, c in zip(keys, maps, strict=True) if k not in known}
+    names = tuple(s.name for s in subject.schemes(reference))
+    with progress.stage(MAPS, len(missing), MAP_WEIGHT) as advance:
+        for key, choice in missing.items():
+            own = tuple(s.name for s in subject.schemes(choice))
+            arguments = {
+                "engine": subject.engine.name, "schemes": own, "reference": names,
+                "exercise": subject.exercise,
+            }  # fmt: skip
+            run, beside = _one(pool, Task("time_map", arguments))
+            known[key] = MapTime(
+                key=key, **vars(subject.place), map=subject.map_of(choice),
+                workload=asdict(subject.workload), prefill_s=list(run.prefill_s),
+                decode_s=list(run.decode_s), reference=subject.map_of(reference),
+                reference_prefill_s=list(beside.prefill_s),
+                reference_decode_s=list(beside.decode_s),
+            )  # fmt: skip
+            save_time(store, known[key])
+            advance(1)
+    return [known[key] for key in keys]
+
+
+def _time_cells(subject: Subject, pool: Pool, cells: Sequence[Cell]) -> list[CellTime]:
+    """Times of some products; where one fails, each by itself, to find out which."""
+    arguments = {"engine": subject.engine.name, "threads": subject.place.threads}
+    failure = None
+    try:
+        found = _one(pool, Task("time_cells", {**arguments, "cells": list(cells)}))
+    except (EngineError, WorkerError) as error:  # a kernel that crashes takes its worker along
+        if len(cells) > 1:
+            return [row for cell in cells for row in _time_cells(subject, pool, [cell])]
+        found, failure = [None], str(error)
+    return [
+        CellTime(
+            key=subject.cell_key(cell), **vars(subject.place), rows=cell.shape[0],
+            columns=cell.shape[1], kernel=cell.kernel, batch=cell.batch, failure=failure,
+            median_s=time and time.median_s, spread_s=time and time.spread_s,
+        )
+        for cell, time in zip(cells, found, strict=True)
+    ]  # fmt: skip
+
+
+def _needed(subject: Subject, choice: Choice) -> set[Cell]:
+    chosen = [[scheme] for scheme in subject.schemes(choice)]
+    return set(measured.cells(subject.layout, chosen, subject.engine, subject.workload))
+
+
+def _one(pool: Pool, task: Task) -> Any:
+    """A task's value; nothing else runs meanwhile."""
+    with closing(pool.run([task])) as outcomes:
+        outcome = next(outcomes)
+    if outcome.error:
+        raise outcome.error
+    return outcome.value

@@ -1,0 +1,209 @@
+"""What a map takes where it is to be served: seconds of its units, and limits on them.
+
+On this machine they are measured (`profiling.py`); on a device of the catalogue they are analytical
+(`cost_models/roofline.py`), and said to be.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront.config import ConfigError, ServingConfig
+from bitfront.profiling import Profile, Subject, profile
+from bitfront.progress import Progress
+from cost_models.devices import LOCAL, Device, load_device
+from cost_models.measured import PHASES, Phase
+from cost_models.memory import Workload
+from engines import Engine, load_engine
+from quantization.checkpoints import Checkpoint, load_config
+from quantization.schemes import Scheme
+from quantization.units import Layout
+from search.errors import InfeasibleBudgetError
+from store.database import Store
+from store.times import Place
+from workers.pool import Pool
+
+if TYPE_CHECKING:
+    from bitfront.plan import Plan
+
+MEASURED, ANALYTICAL = "measured", "analytical"
+NANOSECONDS = 1e9
+Choice = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a job's maps, by phase.
+
+    Args:
+        source: `measured` or `analytical`.
+        tables_s: units x schemes; NaN or infinity where there is no kernel.
+        overhead_s: what every map takes beside its units.
+        errors: relative, of a prediction (one standard deviation); None where nobody has checked.
+        profile: what they come from, where they were measured.
+    """
+
+    source: str
+    tables_s: Mapping[Phase, NDArray[np.float64]]
+    overhead_s: Mapping[Phase, float]
+    errors: Mapping[Phase, float | None]
+    profile: Profile | None = None
+
+    def predict(self, choice: Choice, phase: Phase) -> float:
+        """Seconds of a map."""
+        rows = np.arange(len(choice))
+        return float(self.tables_s[phase][rows, choice].sum()) + self.overhead_s[phase]
+
+    def costs(self, phase: Phase) -> NDArray[np.int64]:
+        """The table in whole nanoseconds, rounded up, so that sums are exact and keep limits."""
+        table = np.nan_to_num(self.tables_s[phase], nan=0.0, posinf=0.0)
+        return np.ceil(table * NANOSECONDS).astype(np.int64)
+
+    def limit(self, phase: Phase, limit_s: float) -> int:
+        """What of a limit is left for the units, in nanoseconds."""
+        return int((limit_s - self.overhead_s[phase]) * NANOSECONDS)
+
+
+def resource(phase: Phase) -> str:
+    """The name of a phase's costs in the allocation problem."""
+    return f"{phase}_ns"
+
+
+def limits_s(serving: ServingConfig) -> dict[Phase, float]:
+    """The phases that are limited, in seconds."""
+    wanted: dict[Phase, float | None] = {
+        "prefill": serving.max_prefill_s, "decode": serving.max_decode_s,
+    }  # fmt: skip
+    return {phase: limit for phase, limit in wanted.items() if limit is not None}
+
+
+def workload_of(serving: ServingConfig) -> Workload:
+    """What the job's maps are to do."""
+    return Workload(serving.batch, serving.context, serving.prompt)
+
+
+def engine_of(serving: ServingConfig) -> Engine | None:
+    """The engine that a job names; limits on seconds need one."""
+    if serving.engine is None:
+        if limits_s(serving):
+            raise ConfigError(
+                "a latency limit needs an engine whose kernels are timed; give --engine llama.cpp"
+            )
+        return None
+    engine = load_engine(serving.engine)
+    if serving.device != LOCAL:
+        load_device(serving.device)
+    elif serving.batch > 1:
+        raise ConfigError(
+            f"batch is {serving.batch}, and {engine.name} is timed for one sequence on this "
+            "machine; leave --batch out, or name a device of the catalogue (bitfront devices)"
+        )
+    return engine
+
+
+def subject_of(
+    serving: ServingConfig,
+    engine: Engine,
+    layout: Layout,
+    menu: tuple[Scheme, ...],
+    offered: NDArray[np.bool_],
+) -> Subject:
+    """What is timed on this machine."""
+    device = load_device(LOCAL)
+    threads = serving.threads or len(os.sched_getaffinity(0))
+    place = Place(device.title, engine.name, engine.kernel_version(), threads)
+    return Subject(place, engine, workload_of(serving), layout, menu, offered)
+
+
+def timed(plan: "Plan", store: Store, pool: Pool, progress: Progress) -> "Times | None":
+    """The times of a plan's maps, measured where it is to be served.
+
+    Raises:
+        InfeasibleBudgetError: a limit below the fastest map.
+    """
+    serving, engine = plan.config.serving, plan.engine
+    if engine is None:
+        return None
+    if serving.device == LOCAL:
+        subject = subject_of(serving, engine, plan.layout, plan.menu, plan.offered)
+        times = measured_times(profile(subject, store, pool, progress))
+    else:
+        times = analytical_times(
+            load_device(serving.device), engine, plan.checkpoint, plan.layout, plan.menu,
+            workload_of(serving),
+        )  # fmt: skip
+    _check_limits(plan, times)
+    return times
+
+
+def measured_times(found: Profile) -> Times:
+    """From a profile."""
+    errors: dict[Phase, float | None] = {}
+    for phase, fit in found.fits.items():
+        errors[phase] = fit.noise if fit.runs else None
+    return Times(
+        MEASURED, {p: found.table_s(p) for p in PHASES},
+        {p: found.fits[p].overhead_s for p in PHASES}, errors, found,
+    )  # fmt: skip
+
+
+def analytical_times(
+    device: Device,
+    engine: Engine,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    menu: tuple[Scheme, ...],
+    workload: Workload,
+) -> Times:
+    """By the roofline."""
+    from cost_models.geometry import geometry_of
+    from cost_models.roofline import fixed_s, table
+
+    geometry = geometry_of(load_config(checkpoint), layout)
+    return Times(
+        ANALYTICAL,
+        {p: table(layout, geometry, menu, device, workload, p, engine.name) for p in PHASES},
+        {p: fixed_s(layout, geometry, device, workload, p) for p in PHASES},
+        dict.fromkeys(PHASES),
+    )
+
+
+def _check_limits(plan: "Plan", times: Times) -> None:
+    """Refuse limits that no map keeps, with what the fastest takes."""
+    for phase, limit in limits_s(plan.config.serving).items():
+        table = np.where(plan.offered, times.tables_s[phase], np.inf)
+        table = np.where(np.isnan(table), np.inf, table)
+        least = float(table.min(axis=1).sum()) + times.overhead_s[phase]
+        if not np.isfinite(least):
+            unit = plan.layout.units[int(np.argmax(np.isinf(table.min(axis=1))))].name
+            raise ConfigError(f"{unit} has no scheme whose kernel could be timed; widen the menu")
+        if least > limit:
+            raise InfeasibleBudgetError(
+                f"no map has a {phase} latency of at most {1e3 * limit:.4g} ms: the fastest takes "
+                f"{1e3 * least:.4g} ms ({1e3 * times.overhead_s[phase]:.3g} ms of it beside the "
+                "products of weights); raise the limit, or add faster formats to the menu"
+            )
+
+
+def summary(times: Times, plan: "Plan") -> dict[str, Any]:
+    """What the store keeps of a job's times."""
+    serving = plan.config.serving
+    found = times.profile
+    return {
+        "source": times.source,
+        "device": found.subject.place.device if found else serving.device,
+        "engine": serving.engine,
+        "kernels": found.subject.place.kernels if found else None,
+        "threads": found.subject.place.threads if found else None,
+        "workload": vars(workload_of(serving)),
+        "overhead_s": dict(times.overhead_s),
+        "errors": dict(times.errors),
+        "noisy_cells": len(found.noisy) if found else 0,
+        "failed_cells": [f"{c.kernel} {c.rows}x{c.columns}: {c.failure}" for c in found.failed]
+        if found
+        else [],
+    }

@@ -1,0 +1,243 @@
+"""Our own kernels under PyTorch: transformers' model whose weights are packed.
+
+It serves every format, the ones without a kernel by dequantizing first; GPUs are timed by events,
+their launches in one CUDA graph where the kernels allow it.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engines.base import Cell, Engine, Exercise, Run, Timing
+from evaluation.arithmetic import choose_dtype, default_device
+from quantization.checkpoints import Checkpoint, load_model
+from quantization.errors import EngineError
+from quantization.formats import FORMATS, Packed
+from quantization.kernels.operator import packed_linear
+from quantization.kernels.packed_weight import PackedWeight
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout, Site
+
+WORKING_SET_BYTES = {"cpu": 96 * 2**20, "cuda": 2**28}  # more than last-level caches hold
+MOST_COPIES, MOST_OPERATIONS = 256, 2e10
+REPEATS, LEAST_S, PROMPTS, WARM_UP = 5, 0.02, 3, 3
+REVISION = 1
+"""Of the kernels: raised when their speed changes."""
+REFERENCE = Cell((1024, 1024), FULL_PRECISION, 1)
+ROWS = 256
+
+
+class TorchKernels(Engine):
+    """PyTorch with the kernels of `quantization/kernels`."""
+
+    name = "torch"
+    fuses = False
+
+    def refusal(self, site: Site, scheme: Scheme) -> str | None:
+        """See `Engine.refusal`."""
+        if scheme.activation != FULL_PRECISION:
+            return f"activations in {scheme.activation} have no kernel here"
+        return FORMATS[scheme.weight].refusal(site.shape)
+
+    def kernel(self, scheme: Scheme, shape: tuple[int, ...]) -> str:
+        """See `Engine.kernel`: the format."""
+        return scheme.weight
+
+    def other_bytes(self, layout: Layout, config: Any = None) -> int:
+        """See `Engine.other_bytes`."""
+        return FORMATS[FULL_PRECISION].nbytes((layout.other_numel,)) if layout.other_numel else 0
+
+    def kernel_version(self) -> str:
+        """See `Engine.kernel_version`."""
+        device = default_device()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        return f"torch {version('torch')} {name} {_dtype()} kernels {REVISION}"
+
+    def time_cells(
+        self, cells: Sequence[Cell], threads: int, done: Callable[[int], object]
+    ) -> list[Timing]:
+        """See `Engine.time_cells`."""
+        device, found = default_device(), []
+        with _threads(threads), torch.inference_mode():
+            reference = _Products(REFERENCE, device)
+            usual = float(np.median([reference.seconds() for _ in range(REPEATS)]))
+            for cell in cells:
+                found.append(_timing(_Products(cell, device), reference, usual))
+                done(1)
+        return found
+
+    def time_map(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        schemes: Sequence[Scheme],
+        reference: Sequence[Scheme],
+        exercise: Exercise,
+    ) -> tuple[Run, Run]:
+        """See `Engine.time_map`."""
+        with _threads(exercise.threads), torch.inference_mode():
+            both = [_Model(checkpoint, layout, found) for found in (schemes, reference)]
+            prompts = [[m.prefill_s(exercise.prompt) for m in both] for _ in range(1 + PROMPTS)]
+            for model in both:
+                model.start(exercise.past)
+            count = WARM_UP + exercise.generated
+            tokens = [[model.step_s() for model in both] for _ in range(count)]
+        own, beside = (
+            Run(tuple(p[i] for p in prompts[1:]), tuple(t[i] for t in tokens[WARM_UP:]))
+            for i in (0, 1)
+        )
+        return own, beside
+
+
+class _Products:
+    """Equal products, each with a weight of its own."""
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        self._device = device
+        rows, columns = cell.shape
+        packed = _noise(cell.kernel, cell.shape)
+        most = min(
+            WORKING_SET_BYTES.get(device.type, 2**26) // packed.nbytes,
+            int(MOST_OPERATIONS // (2 * rows * columns * cell.batch)),
+            MOST_COPIES,
+        )
+        self._weights = [_copy(packed, device) for _ in range(max(1, most))]
+        self._inputs = torch.randn(cell.batch, columns).to(device, _dtype())
+        self._run()
+        self._graph = self._captured() if device.type == "cuda" else None
+
+    def seconds(self) -> float:
+        """Of one product."""
+        passes, start = 0, time.perf_counter()
+        while passes == 0 or time.perf_counter() - start < LEAST_S:
+            self._once()
+            passes += 1
+        return (time.perf_counter() - start) / (passes * len(self._weights))
+
+    def _once(self) -> None:
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph.replay()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _run(self) -> None:
+        for weight in self._weights:
+            _product(self._inputs, weight)
+
+    def _captured(self) -> Any:
+        """A CUDA graph of all of them; None where a kernel can't be captured."""
+        graph = torch.cuda.CUDAGraph()
+        with suppress(RuntimeError), torch.cuda.graph(graph):
+            self._run()
+            return graph
+        return None
+
+
+class _Model:
+    """A model with packed weights, and what it has seen."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, schemes: Sequence[Scheme]) -> None:
+        self._device = default_device()
+        self._module = load_model(checkpoint, _dtype()).to(self._device)
+        for unit, scheme in zip(layout.units, schemes, strict=True):
+            for site in unit.stored:
+                if scheme.weight != FULL_PRECISION and unit.layer is not None:
+                    self._pack(site, scheme.weight)
+        self._cache: Any = None
+
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds of a prompt, from an empty cache."""
+        self._cache = None
+        return self._forward_s(torch.arange(10, 10 + tokens) % self._module.config.vocab_size)
+
+    def start(self, past: int) -> None:
+        """Put tokens into the cache; `step_s` goes on behind them."""
+        self.prefill_s(max(past, 1))
+
+    def step_s(self) -> float:
+        """Seconds of one more token."""
+        return self._forward_s(torch.tensor([10]))
+
+    def _forward_s(self, ids: Tensor) -> float:
+        ids, start = ids.to(self._device)[None], time.perf_counter()
+        found = self._module(
+            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._cache = found.past_key_values
+        return time.perf_counter() - start
+
+    def _pack(self, site: Site, format: str) -> None:
+        path, _, name = site.parameter.rpartition(".")
+        weight = PackedWeight(_copy(_noise(format, site.shape), self._device), _dtype())
+        parameter = nn.Parameter(weight, requires_grad=False)
+        self._module.get_submodule(path)._parameters[name] = parameter
+
+
+def _timing(cell: _Products, reference: _Products, usual_s: float) -> Timing:
+    ratios = []
+    for _ in range(REPEATS):
+        before, own, after = reference.seconds(), cell.seconds(), reference.seconds()
+        ratios.append(2 * own / (before + after))
+    seconds = np.array(ratios) * usual_s
+    low, high = np.percentile(seconds, [25, 75])
+    return Timing(float(np.median(seconds)), float(high - low) / 2, len(ratios))
+
+
+def _product(inputs: Tensor, weight: Packed) -> Tensor:
+    if weight.format == FULL_PRECISION:
+        return inputs @ weight.tensors["values"].T
+    return packed_linear(inputs, weight)
+
+
+@cache
+def _noise(format: str, shape: tuple[int, ...]) -> Packed:
+    """Normal numbers, few rows of them again and again: values don't matter, fitting takes long."""
+    if format not in FORMATS:
+        raise EngineError(f"there is no format '{format}'")
+    *_, rows, columns = shape
+    few = torch.randn(min(ROWS, rows), columns, generator=torch.Generator().manual_seed(0))
+    kind = FORMATS[format]
+    packed = kind.pack(*kind.nearest(few / columns**0.5))
+    if rows <= ROWS:
+        return packed
+    times = -(-rows // ROWS)
+    tensors = {
+        name: torch.cat([t] * times)[:rows] if len(t) == len(few) else t
+        for name, t in packed.tensors.items()
+    }
+    return Packed(format, (rows, columns), tensors)
+
+
+def _copy(packed: Packed, device: torch.device) -> Packed:
+    dtype = _dtype()
+    tensors = {
+        name: (t.to(dtype) if packed.format == FULL_PRECISION else t).to(device, copy=True)
+        for name, t in packed.tensors.items()
+    }
+    return Packed(packed.format, packed.shape, tensors)
+
+
+def _dtype() -> torch.dtype:
+    found: torch.dtype = choose_dtype("auto")[0]
+    return found
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -54,8 +54,8 @@ def _source(facts: dict[str, Any]) -> str:
 
 
 def _checked(job: Job) -> list[str]:
-    """Predicted against measured over the maps that were run."""
-    runs = [found for found in _maps(job).values() if "measured" in found]
+    """Predicted against measured over the maps that were run, but for those that the fit has seen."""
+    runs = [found for found in _maps(job).values() if "measured" in found and not found["fitted"]]
     if not runs:
         return []
     parts = []

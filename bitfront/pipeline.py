@@ -6,7 +6,6 @@ same path, and computes only what is missing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,12 @@ from numpy.typing import NDArray
 from bitfront.fronts import INTERACTIONS, is_later, losses
 from bitfront.interacting import PAIRS, interact
 from bitfront.plan import Plan, settled
-from bitfront.profiling import time_maps
 from bitfront.progress import Progress
-from bitfront.proposals import propose
+from bitfront.proposals import choice_of, propose
 from bitfront.refining import REFINE, SLOPES_WEIGHT, refine, starts_of
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT, experts_seen, score
-from bitfront.serving import MEASURED, Times, summary, timed
-from cost_models.measured import PHASES
+from bitfront.timing import check_times, corrected, with_times
 from evaluation.texts import Text
 from quantization.errors import BitfrontError, MeasurementError
 from search.calibration import Calibration, fit_gain
@@ -68,21 +65,12 @@ def run_search(
         return job.id
     try:
         with open_pool(spec_of(plan, cache)) as pool:
-            _run_stages(_with_times(Run(plan, store, pool, progress, job)))
+            _run_stages(with_times(Run(plan, store, pool, progress, job)))
     except (BitfrontError, SearchError) as error:
         update_job(store, job.id, state="failed", error=str(error))
         raise
     update_job(store, job.id, state="done")
     return job.id
-
-
-def _with_times(run: Run) -> Run:
-    """The run with its maps' times, taken before anything else works on the machine."""
-    times = timed(run.plan, run.store, run.pool, run.progress)
-    if times is None:
-        return run
-    job = update_job(run.store, run.job.id, facts={"times": summary(times, run.plan)})
-    return replace(run, plan=replace(run.plan, times=times), job=job)
 
 
 def _run_stages(run: Run) -> None:
@@ -97,6 +85,8 @@ def _run_stages(run: Run) -> None:
     problems = {name: plan.problem(scored.mean) for name, scored in scores.items()}
     if experts := experts_seen(plan, scores.values()):
         run.job = update_job(run.store, run.job.id, facts={"experts": experts})
+    problems = corrected(run, problems)
+    plan = run.plan
     candidates = _propose(run, problems)
     search = plan.texts["search"]
 
@@ -118,7 +108,7 @@ def _run_stages(run: Run) -> None:
         reasons = sorted({c.failure for c in candidates if c.failure})
         raise MeasurementError(f"no candidate could be measured: {'; '.join(reasons)}")
     if plan.times:
-        _check_times(run, plan.times, finalists)
+        check_times(run, plan.times, finalists)
 
 
 def _expected_work(plan: Plan) -> dict[str, float]:
@@ -286,7 +276,7 @@ def _calibrate(
     """Fit each estimator's gain on the search text; predict with the one that fits best."""
     plan = run.plan
     measured = losses(run.store, run.quality, candidates, plan.texts["search"].hashes)
-    choices = [_choice(plan, candidate) for candidate in candidates]
+    choices = [choice_of(plan, candidate) for candidate in candidates]
     kl = np.array([m.kl.mean if (m := measured.get(c.map_hash)) else np.nan for c in candidates])
     raw = {
         name: np.array([problem.total_loss(choice) for choice in choices])
@@ -336,30 +326,6 @@ def _refine(
     kl = {map_hash: found.kl.mean for map_hash, found in measured.items()}
     found = refine(run, problem, starts_of(run.plan, candidates, kl))
     return _numbered(run, candidates, found)
-
-
-def _check_times(run: Run, times: Times, finalists: Sequence[Candidate]) -> None:
-    """Predicted seconds of the finalists, and measured ones where the engine is at hand."""
-    choices = [_choice(run.plan, candidate) for candidate in finalists]
-    maps: dict[str, Any] = {
-        candidate.map_hash: {"predicted": {p: times.predict(choice, p) for p in PHASES}}
-        for candidate, choice in zip(finalists, choices, strict=True)
-    }
-    if times.source == MEASURED and times.profile:
-        found = times.profile
-        rows = time_maps(
-            found.subject, run.store, run.pool, run.progress, choices, found.subject.anchors[0]
-        )
-        for candidate, row in zip(finalists, rows, strict=True):
-            own = {phase: found.measured_s(row, phase) for phase in PHASES}
-            maps[candidate.map_hash]["measured"] = own
-    facts = {"times": {**run.job.facts["times"], "maps": maps}}
-    run.job = update_job(run.store, run.job.id, facts=facts)
-
-
-def _choice(plan: Plan, candidate: Candidate) -> Choice:
-    columns = {scheme.name: i for i, scheme in enumerate(plan.menu)}
-    return np.array([columns[scheme] for scheme in candidate.schemes], dtype=np.intp)
 
 
 def _numbered(

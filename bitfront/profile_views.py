@@ -77,7 +77,7 @@ def _document(found: Profile) -> dict[str, Any]:
         "fits": {
             phase: {
                 "gains": {kernel: fit.gain(kernel) for kernel in fit.kernels},
-                "overhead_s": fit.overhead_s, "error": fit.noise, "maps": fit.runs,
+                "overhead_s": fit.overhead_s, "error": fit.error, "maps": fit.runs,
             }
             for phase, fit in found.fits.items()
         },
@@ -105,11 +105,11 @@ def _table(found: Profile) -> Table:
 
 def _remarks(found: Profile) -> list[str]:
     lines = [
-        f"{phase}: whole maps are predicted within {fit.noise:.1%} (one standard deviation over "
+        f"{phase}: whole maps are predicted within {fit.error:.1%} (one standard deviation over "
         f"{fit.runs} maps); {show_seconds(max(fit.overhead_s, 0.0))} is beside the products."
         for phase in PHASES
         for fit in (found.fits[phase],)
-        if fit.runs
+        if fit.error is not None
     ]
     if found.noisy:
         lines.append(

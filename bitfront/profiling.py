@@ -33,7 +33,7 @@ TOGETHER = 4
 """Products that a task times: few, since a kill loses what a task has not told."""
 ANCHORS = 8
 MAP_WEIGHT = 4.0
-GENERATED = 48
+GENERATED = 96
 NOISY = 0.15
 """Of a median: a spread beyond it swamps the differences that a search would act on."""
 Choice = NDArray[np.intp]
@@ -164,7 +164,7 @@ class Profile:
     def measured_s(self, row: MapTime, phase: Phase) -> float:
         """What a map took, were the machine as fast as it usually is."""
         usual = np.median([np.median(_phase(other, phase)[1]) for _, other in self.maps])
-        return float(usual) * measured.ratio(*_phase(row, phase))
+        return float(usual) * measured.Ratio.of(*_phase(row, phase)).value
 
     @property
     def noisy(self) -> list[CellTime]:
@@ -180,7 +180,9 @@ class Profile:
 
     def _fit(self, phase: Phase) -> Fit:
         sums = [self._sums(choice, phase) for choice, _ in self.maps]
-        return measured.fit(sums, [self.measured_s(row, phase) for _, row in self.maps])
+        seconds = [self.measured_s(row, phase) for _, row in self.maps]
+        errors = [measured.Ratio.of(*_phase(row, phase)).error for _, row in self.maps]
+        return measured.fit(sums, seconds, errors)
 
     def _sums(self, choice: Choice, phase: Phase) -> dict[str, float]:
         s = self.subject
@@ -226,18 +228,19 @@ def time_maps(
     progress: Progress,
     maps: Sequence[Choice],
     reference: Choice,
+    label: str = MAPS,
 ) -> list[MapTime]:
     """Run whole maps in the engine, but for those that the store has."""
     keys = [subject.map_key(choice) for choice in maps]
     known = map_times(store, keys)
     missing = {k: c for k, c in zip(keys, maps, strict=True) if k not in known}
     names = tuple(s.name for s in subject.schemes(reference))
-    with progress.stage(MAPS, len(missing), MAP_WEIGHT) as advance:
+    with progress.stage(label, len(missing), MAP_WEIGHT) as advance:
         for key, choice in missing.items():
             own = tuple(s.name for s in subject.schemes(choice))
             arguments = {
-                "engine": subject.engine.name, "schemes": own, "reference": names,
-                "exercise": subject.exercise,
+                "engine": subject.engine.name, "device": subject.place.device, "schemes": own,
+                "reference": names, "exercise": subject.exercise,
             }  # fmt: skip
             run, beside = _one(pool, Task("time_map", arguments))
             known[key] = MapTime(
@@ -254,7 +257,8 @@ def time_maps(
 
 def _time_cells(subject: Subject, pool: Pool, cells: Sequence[Cell]) -> list[CellTime]:
     """Times of some products; where one fails, each by itself, to find out which."""
-    arguments = {"engine": subject.engine.name, "threads": subject.place.threads}
+    place = subject.place
+    arguments = {"engine": place.engine, "device": place.device, "threads": place.threads}
     failure = None
     try:
         found = _one(pool, Task("time_cells", {**arguments, "cells": list(cells)}))

@@ -97,6 +97,12 @@ def candidate_of(
     )  # fmt: skip
 
 
+def choice_of(plan: Plan, candidate: Candidate) -> Choice:
+    """A candidate's assignment."""
+    columns = {scheme.name: i for i, scheme in enumerate(plan.menu)}
+    return np.array([columns[scheme] for scheme in candidate.schemes], dtype=np.intp)
+
+
 def _middle(sizes: list[int], count: int) -> list[int]:
     """`count` of the sizes, from the middle outwards: extremes leave nothing to randomise."""
     order = sorted(range(len(sizes)), key=lambda i: abs(i - (len(sizes) - 1) / 2))

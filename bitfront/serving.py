@@ -144,7 +144,7 @@ def measured_times(found: Profile) -> Times:
     """From a profile."""
     errors: dict[Phase, float | None] = {}
     for phase, fit in found.fits.items():
-        errors[phase] = fit.noise if fit.runs else None
+        errors[phase] = fit.error
     return Times(
         MEASURED, {p: found.table_s(p) for p in PHASES},
         {p: found.fits[p].overhead_s for p in PHASES}, errors, found,

@@ -199,8 +199,9 @@ def load_device(name: str) -> Device:
     return local_device() if name == LOCAL else DEVICES[name]
 
 
+@cache
 def local_device() -> Device:
-    """This machine; takes about a second, in which its memory's bandwidth is measured.
+    """This machine; the first call takes about a second, in which its memory's bandwidth is measured.
 
     What can't be found out is None, with the reason in `unknown`; nothing is raised for it.
     """

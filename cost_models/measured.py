@@ -25,7 +25,7 @@ from quantization.units import Layout, Unit
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
-COMMON_GAIN, OWN_GAIN = 0.5, 0.15
+COMMON_GAIN, OWN_GAIN = 0.5, 0.06
 """Prior deviations of what all kernels' gains share, and of each one's own."""
 NOISE, LEAST_NOISE, STEPS = 0.03, 0.003, 30
 Floats = NDArray[np.float64]
@@ -111,13 +111,25 @@ def features(
     return dict(sums)
 
 
-def ratio(own_s: Sequence[float], beside_s: Sequence[float]) -> float:
+@dataclass(frozen=True)
+class Ratio:
     """How much longer a map takes than the reference that was timed in turns with it.
 
     The median over pairs of neighbours: what slows the machine for a moment slows both of a pair, or
-    is an outlier.
+    is an outlier. `error` is its relative standard error, from the interquartile range as if the
+    pairs were normal (1.349 deviations; a median's error is 1.253 times a mean's).
     """
-    return float(np.median(np.asarray(own_s) / np.asarray(beside_s)))
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, own_s: Sequence[float], beside_s: Sequence[float]) -> "Ratio":
+        """Of the seconds of pairs."""
+        pairs = np.asarray(own_s) / np.asarray(beside_s)
+        low, middle, high = np.percentile(pairs, [25, 50, 75])
+        deviation = max((high - low) / 1.349 / middle, LEAST_NOISE)
+        return cls(float(middle), float(1.253 * deviation / sqrt(len(pairs))))
 
 
 @dataclass(frozen=True)
@@ -128,8 +140,9 @@ class Fit:
         kernels: in the order of the gains.
         mean: gains, then the overhead in seconds (K + 1).
         covariance: of both.
-        noise: of one run, relative (one standard deviation).
+        noise: of the model, relative (one standard deviation), beside what its parameters leave open.
         runs: how many maps it was fitted on.
+        error: relative, of the prediction of a map like those (one standard deviation).
     """
 
     kernels: tuple[str, ...]
@@ -137,6 +150,7 @@ class Fit:
     covariance: Floats
     noise: float
     runs: int
+    error: float | None = None
 
     @property
     def overhead_s(self) -> float:
@@ -150,25 +164,29 @@ class Fit:
         return float(self.mean[:-1].mean()) if self.kernels else 1.0
 
     def predict(self, sums: Mapping[str, float]) -> tuple[float, float]:
-        """Seconds of a map with these sums by kernel, and their standard error.
-
-        The noise of the run that one would compare it with isn't in it.
-        """
+        """Seconds of a map with these sums by kernel, and their standard error."""
         seconds = self.overhead_s + sum(self.gain(k) * s for k, s in sums.items())
         row = np.array([sums.get(kernel, 0.0) for kernel in self.kernels] + [1.0])
         strangers = sum(s for k, s in sums.items() if k not in self.kernels)
         variance = row @ self.covariance @ row + (OWN_GAIN * strangers) ** 2
+        variance += (self.noise * seconds) ** 2
         return seconds, sqrt(max(float(variance), 0.0))
 
 
-def fit(maps: Sequence[Mapping[str, float]], measured_s: Sequence[float]) -> Fit:
+def fit(
+    maps: Sequence[Mapping[str, float]],
+    measured_s: Sequence[float],
+    errors: Sequence[float] | None = None,
+) -> Fit:
     """Regression on relative errors, its noise estimated with it (expectation maximisation).
 
-    Source: Bishop, Pattern Recognition and Machine Learning, eq. 3.50-3.51 and 9.3.4.
+    Source: Bishop, Pattern Recognition and Machine Learning, eq. 3.50-3.51 and section 9.3.4; the
+    model's deviation of each map is a latent variable beside the error of measuring it.
 
     Args:
         maps: sums by kernel, as `features` gives them.
         measured_s: what those maps took.
+        errors: relative standard errors of that; none by default.
     """
     kernels = tuple(sorted({kernel for sums in maps for kernel in sums}))
     count = len(kernels)
@@ -180,11 +198,16 @@ def fit(maps: Sequence[Mapping[str, float]], measured_s: Sequence[float]) -> Fit
     if not len(y):
         return Fit(kernels, start, prior, NOISE, 0)
     rows = np.array([[*(sums.get(k, 0.0) for k in kernels), 1.0] for sums in maps]) / y[:, None]
+    own = np.square(errors) if errors is not None else np.zeros(len(y))
     inverse, noise = np.linalg.inv(prior), NOISE
     for _ in range(STEPS):
-        covariance = np.linalg.inv(inverse + rows.T @ rows / noise**2)
-        mean = covariance @ (inverse @ start + rows.sum(axis=0) / noise**2)
-        left = 1 - rows @ mean
-        spread = np.einsum("ij,jk,ik->i", rows, covariance, rows)
-        noise = max(sqrt(float((left**2 + spread).mean())), LEAST_NOISE)
-    return Fit(kernels, mean, covariance.astype(np.float64), noise, len(y))
+        weights = 1 / (noise**2 + own)
+        covariance = np.linalg.inv(inverse + (rows.T * weights) @ rows)
+        mean = covariance @ (inverse @ start + rows.T @ weights)
+        left = (1 - rows @ mean) ** 2 + np.einsum("ij,jk,ik->i", rows, covariance, rows)
+        share = noise**2 * weights  # what of a map's deviation is the model's, expected
+        noise = sqrt(float((share**2 * left + share * own).mean()))
+        noise = max(noise, LEAST_NOISE)
+    spread = np.einsum("ij,jk,ik->i", rows, covariance, rows)
+    error = sqrt(float((spread + noise**2).mean()))
+    return Fit(kernels, mean, covariance.astype(np.float64), noise, len(y), error)

@@ -22,7 +22,7 @@ from quantization.formats.gguf import TYPES
 from quantization.units import Layout
 from quantization.weights import open_weights
 
-LEAST_PROMPTS, MOST_PROMPTS, ENOUGH_S = 2, 6, 6.0
+LEAST_PROMPTS, MOST_PROMPTS, ENOUGH_S = 3, 8, 6.0
 """Pairs of prompts that count: as many as fit into some seconds."""
 WARM_UP = 4
 """Tokens that don't count."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cost_models.devices import LOCAL, load_device
 from engines import load_engine
 from engines.base import Cell, Exercise, Run, Timing
 from evaluation.arithmetic import DTYPES, default_device
@@ -20,7 +21,7 @@ from evaluation.evaluator import Evaluator, Measurement
 from quantization.bank import Bank
 from quantization.cache import cache_dir
 from quantization.checkpoints import Checkpoint, resolve
-from quantization.errors import ModelError
+from quantization.errors import EngineError, ModelError
 from quantization.memory import return_memory
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
@@ -125,18 +126,23 @@ class Session:
         return_memory()
         return floor
 
-    def time_cells(self, engine: str, cells: Sequence[Cell], threads: int) -> list[Timing]:
-        """Products with an engine's kernels on this machine."""
+    def time_cells(
+        self, engine: str, device: str, cells: Sequence[Cell], threads: int
+    ) -> list[Timing]:
+        """Products with an engine's kernels on this machine, which must be that device."""
+        _check_device(device)
         return load_engine(engine).time_cells(cells, threads, _ignore)
 
     def time_map(
         self,
         engine: str,
+        device: str,
         schemes: tuple[str, ...],
         reference: tuple[str, ...],
         exercise: Exercise,
     ) -> tuple[Run, Run]:
         """A whole model in an engine on this machine, and a reference beside it."""
+        _check_device(device)
         own, beside = ([Scheme.parse(name) for name in names] for names in (schemes, reference))
         checkpoint, layout = self._local_checkpoint(), self._spec.layout
         return load_engine(engine).time_map(checkpoint, layout, own, beside, exercise)
@@ -206,6 +212,19 @@ class Session:
         """The checkpoint on this node; a folded one is there once `prepare` has made it."""
         folding = self._spec.folding
         return folding.checkpoint if folding else _on_this_node(self._spec.checkpoint)
+
+
+def _check_device(wanted: str) -> None:
+    """Refuse to time a machine in another's name.
+
+    Raises:
+        EngineError: this is another kind of machine than the driver's.
+    """
+    if (here := load_device(LOCAL).title) != wanted:
+        raise EngineError(
+            f"times for '{wanted}' were asked of a worker on '{here}'; "
+            "run this command on the machine that is to serve, without --address"
+        )
 
 
 def _ignore(_: int) -> None:

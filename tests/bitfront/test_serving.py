@@ -1,0 +1,210 @@
+"""Searches for an engine on this machine: profiles kept, limits held, predictions checked."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from bitfront import latency
+from bitfront.config import ConfigError, ServingConfig
+from bitfront.exporting import export_point
+from bitfront.fronts import Constraints, best_point, load_front
+from bitfront.pipeline import run_search, spec_of
+from bitfront.plan import make_plan
+from bitfront.profiling import profile
+from bitfront.progress import Silent
+from bitfront.serving import subject_of, timed
+from cost_models.geometry import geometry_of
+from cost_models.memory import activation_bytes, kv_cache_bytes
+from engines.llama_cpp import LlamaCpp
+from quantization.checkpoints import load_config
+from search.errors import InfeasibleBudgetError
+from store.database import Store
+from store.queries import candidates_of, find_job
+from store.times import cells_at
+from tests.bitfront.test_pipeline import CountingPool, small_config
+from workers.pool import InProcessPool
+
+SERVING = ServingConfig(engine="llama.cpp", threads=1, context=32, prompt=32)
+MENU = {
+    "schemes": ["gguf-q4_0", "gguf-q5_1", "gguf-q8_0", "bf16"],
+    "pinned": {"embedding": "bf16", "head": "bf16"},
+}
+
+
+def config_of(folder, serving=SERVING, **more):
+    """A small job for llama.cpp."""
+    config = small_config(folder)
+    data = {**config.model_dump(), "menu": MENU, "serving": serving.model_dump(), **more}
+    return type(config).model_validate(data)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folders):
+    return tiny_folders("llama")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(f"sqlite:///{tmp_path_factory.mktemp('serving')}/s.sqlite").open()
+
+
+@pytest.fixture(scope="module")
+def done(folder, store):
+    plan = make_plan(config_of(folder, budgets=(4.6, 6.0)))
+    return plan, run_search(plan, store, InProcessPool, Silent())
+
+
+def subject(plan):
+    return subject_of(plan.config.serving, plan.engine, plan.layout, plan.menu, plan.offered)
+
+
+def test_an_engine_that_fuses_nothing_decides_each_tensor(done):
+    plan, _ = done
+    assert int(plan.open_units.sum()) == 2 * 7
+    assert plan.other_bytes == 4 * plan.layout.other_numel  # llama.cpp keeps norms in float32
+
+
+def test_a_profile_times_nothing_twice(done, store):
+    plan, _ = done
+    CountingPool.methods.clear()
+    known = profile(subject(plan), store, CountingPool(spec_of(plan, None)), Silent())
+    assert CountingPool.methods == []
+    assert known.failed == []
+    rows = cells_at(store, subject(plan).place)
+    assert {(r.rows, r.columns, r.kernel, r.batch) for r in rows} == {
+        (*c.shape, c.kernel, c.batch) for c in subject(plan).cells
+    }
+
+
+def test_finalists_are_run_and_compared_with_the_prediction(done, store):
+    _, job = done
+    front = load_front(store, find_job(store, job))
+    for point in front.points:
+        found = front.job.facts["times"]["maps"][point.map_hash]
+        for phase in ("prefill", "decode"):
+            assert found["predicted"][phase] > 0
+            assert found["measured"][phase] > 0
+            assert latency.seconds(front.job, point.map_hash, phase) == found["measured"][phase]
+    assert any("was off from what they took" in line for line in front.findings)
+    assert set(front.to_json()["times"]["points"]) == {point.id for point in front.points}
+    json.dumps(front.to_json(), allow_nan=False)
+
+
+def test_a_query_limits_latency(done, store):
+    _, job = done
+    front = load_front(store, find_job(store, job))
+    took = sorted(latency.seconds(front.job, p.map_hash, "decode") for p in front.points)
+    middle = took[len(took) // 2]
+    best, _ = best_point(front, Constraints(decode_s=middle), 0)
+    assert latency.seconds(front.job, best.map_hash, "decode") <= middle
+    none, why = best_point(front, Constraints(decode_s=took[0] / 2), 0)
+    assert none is None
+    assert "decode_s <= " in why
+
+
+def test_limits_hold_for_every_map_that_is_proposed(folder, store, done):
+    """A limit between the fastest and the slowest map: predicted times keep it, controls too."""
+    plan, _ = done
+    times = timed(plan, store, CountingPool(spec_of(plan, None)), Silent())
+    open_rows = np.where(plan.offered, times.tables_s["decode"], np.nan)
+    ends = [float(f(open_rows, axis=1).sum()) for f in (np.nanmin, np.nanmax)]
+    limit = times.overhead_s["decode"] + 0.6 * ends[0] + 0.4 * ends[1]
+    limited = make_plan(config_of(folder, SERVING.model_copy(update={"max_decode_s": limit})))
+    job = run_search(limited, store, InProcessPool, Silent())
+    found = find_job(store, job).facts["times"]["maps"]
+    assert any(c.certificate for c in candidates_of(store, job))
+    assert all(times["predicted"]["decode"] <= limit * (1 + 1e-9) for times in found.values())
+    assert any(times["fitted"] for times in found.values())  # the solver's own were run, and seen
+
+
+def test_limits_that_nothing_keeps_name_the_fastest(folder, store):
+    serving = SERVING.model_copy(update={"max_decode_s": 1e-9})
+    with pytest.raises(InfeasibleBudgetError, match=r"the fastest takes .* raise the limit"):
+        run_search(make_plan(config_of(folder, serving)), store, InProcessPool, Silent())
+
+
+def test_a_limit_on_memory_leaves_the_rest_to_the_weights(folder, done):
+    """Weights, cache and activations together, to the byte."""
+    plan, _ = done
+    workload_bytes = kv_cache_bytes(plan.layout, _workload()) + activation_bytes(
+        plan.layout, geometry_of(load_config(plan.checkpoint), plan.layout), _workload()
+    )
+    smallest = plan.budgets[0]
+    serving = SERVING.model_copy(update={"max_memory_bytes": smallest + workload_bytes})
+    assert make_plan(config_of(folder, serving)).budgets == (smallest,)
+    serving = SERVING.model_copy(update={"max_memory_bytes": workload_bytes})
+    with pytest.raises(InfeasibleBudgetError, match="bytes of memory: the smallest has"):
+        make_plan(config_of(folder, serving))
+
+
+def _workload():
+    from bitfront.serving import workload_of
+
+    return workload_of(SERVING)
+
+
+class Broken(LlamaCpp):
+    """llama.cpp without a kernel for q5_1."""
+
+    def kernel(self, scheme, shape):
+        found = super().kernel(scheme, shape)
+        return "q9" if found == "q5_1" else found
+
+
+def test_a_kernel_that_cant_run_is_marked_and_left_out(done, tmp_path, monkeypatch):
+    plan, _ = done
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    monkeypatch.setitem(__import__("engines").ENGINES._entries, "llama.cpp", f"{__name__}:Broken")
+    found = subject_of(plan.config.serving, Broken(), plan.layout, plan.menu, plan.offered)
+    known = profile(found, store, InProcessPool(spec_of(plan, None)), Silent())
+    assert {row.kernel for row in known.failed} == {"q9"}
+    column = [scheme.name for scheme in plan.menu].index("gguf-q5_1")
+    rows = plan.offered[:, column]
+    assert np.isnan(known.table_s("decode")[rows, column]).all()
+    assert np.isfinite(np.delete(known.table_s("decode"), column, axis=1)[rows]).all()
+
+
+def test_a_catalogued_device_is_analytical_and_says_so(folder, store):
+    serving = SERVING.model_copy(update={"device": "rtx-4090", "threads": None})
+    plan = make_plan(config_of(folder, serving, budgets=(6.0,)))
+    job = run_search(plan, store, InProcessPool, Silent())
+    front = load_front(store, find_job(store, job))
+    assert any("Latency is analytical" in line for line in front.findings)
+    for point in front.points:
+        assert "measured" not in front.job.facts["times"]["maps"][point.map_hash]
+
+
+def test_what_it_found_is_exported_and_served(done, store, tmp_path):
+    _, job = done
+    front = load_front(store, find_job(store, job))
+    point = next(p for p in front.points if not p.control)
+    written = export_point(store, front, point.id, "gguf", tmp_path / "out", force=False)
+    assert written["weight_bytes"] == point.weight_bytes
+    assert written["reloaded_kl"] == pytest.approx(written["measured_kl"], rel=0.05, abs=0.02)
+
+
+def test_limits_on_seconds_want_an_engine(folder):
+    serving = ServingConfig(max_decode_s=1.0)
+    with pytest.raises(ConfigError, match="needs an engine"):
+        make_plan(config_of(folder, serving))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["devices", "h100"], "unknown device 'h100'; nearest: h100-"),
+        (["profile", "--device", "h200"], "only this machine can be profiled, not 'h200'"),
+        (["profile", "--engine", "vllm"], "unknown engine 'vllm'"),
+        (["search", "demo", "--max-decode-latency", "8"], "'8' is not a time; write 8ms"),
+        (["search", "demo", "--max-decode-latency", "8ms"], "needs an engine"),
+        (["search", "demo", "--engine", "llama.cpp", "--menu", "int4-g32,int8-g32"], "has no int4"),
+        (["search", "demo", "--engine", "llama.cpp", "--batch", "4"], "batch is 4"),
+    ],
+)
+def test_bad_input_is_one_line(bitfront_command, arguments, said):
+    done = subprocess.run([bitfront_command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -57,6 +57,7 @@ class Mixes:
         )  # fmt: skip
 
     def nbytes(self, choice: Choice) -> int:
+        """Of a map's units."""
         return int(self.bytes_table[np.arange(len(choice)), choice].sum())
 
     def stratified(self, count: int) -> list[Choice]:

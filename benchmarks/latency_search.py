@@ -65,7 +65,8 @@ def main() -> None:
     with Lines(errors) as progress, opener(spec_of(plan, os.environ.get("BITFRONT_CACHE"))) as pool:
         run = Run(plan, store, pool, progress, open_planned(plan, store))
         times = timed(plan, store, pool, progress)
-        assert times is not None and times.profile is not None
+        assert times is not None
+        assert times.profile is not None
         problem = _problem(run, times.costs("decode"))
         rows = [_compared(run, times.profile, problem, budget) for budget in plan.budgets]
     document = {

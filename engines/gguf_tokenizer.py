@@ -52,8 +52,18 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocab: int) -
         for name, value, kind, of in _fields_of(source):
             writer.add_key_value(name, value, kind, of)
         return
+    fields = _made(checkpoint, vocab)
+    _write(writer, fields)
+    if fields["template"]:
+        writer.add_chat_template(fields["template"])
+
+
+@lru_cache(maxsize=4)
+def _made(checkpoint: Checkpoint, vocab: int) -> dict[str, Any]:
+    """The fields of transformers' tokenizer, once llama.cpp is seen to split text alike."""
     tokenizer = load_tokenizer(checkpoint)
     fields = _fields(tokenizer, vocab)
+    fields["template"] = getattr(tokenizer, "chat_template", None)
     if fields["model"] == "gpt2":
         fields["pre"] = _splitter(tokenizer, fields)
     elif not _agrees(tokenizer, fields):
@@ -61,9 +71,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocab: int) -
             "llama.cpp splits text otherwise than this model's tokenizer, whatever it is told; "
             "this export can't be made"
         )
-    _write(writer, fields)
-    if template := getattr(tokenizer, "chat_template", None):
-        writer.add_chat_template(template)
+    return fields
 
 
 @lru_cache(maxsize=1)

@@ -104,15 +104,15 @@ def run(arguments: argparse.Namespace, store: Store) -> dict[str, object]:
     subject, pool = _opened(arguments)
     mixes = Mixes(subject)
     tested = mixes.stratified(arguments.mixes)
-    seen = {subject.map_of(anchor) for anchor in subject.anchors}
-    assert seen.isdisjoint(subject.map_of(choice) for choice in tested)
+    seen = {subject.map_of(subject.schemes(anchor)) for anchor in subject.anchors}
+    assert seen.isdisjoint(subject.map_of(subject.schemes(choice)) for choice in tested)
     with Lines(errors) as progress, pool:
         known = profile(subject, store, pool, progress)
-        first = time_maps(subject, store, pool, progress, tested, subject.anchors[0])
+        first = time_maps(subject, store, pool, progress, tested)
         again = replace(
             subject, place=replace(subject.place, kernels=f"{AGAIN}{subject.place.kernels}")
         )
-        second = time_maps(again, store, pool, progress, tested, subject.anchors[0])
+        second = time_maps(again, store, pool, progress, tested)
     return {
         "engine": subject.engine.name,
         "mixes": len(tested),

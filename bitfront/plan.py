@@ -222,8 +222,9 @@ def make_plan(config: JobConfig) -> Plan:
     checkpoint = resolve(source, config.revision, config.trust_remote_code)
     engine = serving.engine_of(config.serving)
     described = layout = describe(checkpoint)
-    if engine and not engine.fuses:
-        layout = described.split()
+    if engine:
+        engine.check(load_config(checkpoint))
+        layout = described if engine.fuses else described.split()
     choices = rules.choices(layout, config.menu, engine)
     if not any(len(row) > 1 for row in choices):
         raise ConfigError(

@@ -17,8 +17,9 @@ from bitfront.serving import engine_of, subject_of
 from bitfront.sizes import show_seconds
 from cost_models.devices import LOCAL
 from cost_models.measured import PHASES
+from engines.power import processor_counter
 from quantization.adapter import describe
-from quantization.checkpoints import resolve
+from quantization.checkpoints import load_config, resolve
 from sensitivity import menu
 from store.database import Store
 from workers.session import SessionSpec
@@ -40,6 +41,7 @@ def run(config: JobConfig, store: Store, address: str, as_json: bool) -> None:
         assert engine is not None
         source = demo_model() if config.model == DEMO else config.model
         checkpoint = resolve(source, config.revision, config.trust_remote_code)
+        engine.check(load_config(checkpoint))
         layout = describe(checkpoint) if engine.fuses else describe(checkpoint).split()
         choices = rules.choices(layout, config.menu, engine)
         columns = tuple(menu(choices))
@@ -111,6 +113,8 @@ def _remarks(found: Profile) -> list[str]:
         for fit in (found.fits[phase],)
         if fit.error is not None
     ]
+    counter, why = processor_counter()
+    lines.append(f"Energy is measured with whole maps: {why}." if counter else f"No energy: {why}.")
     if found.noisy:
         lines.append(
             f"{len(found.noisy)} products have a spread above 15 %: something else runs here."

@@ -20,7 +20,7 @@ from cost_models.memory import Workload
 from engines.base import Cell, Engine, Exercise
 from quantization.errors import BitfrontError, EngineError, WorkerError
 from quantization.precision_map import map_hash
-from quantization.schemes import Scheme
+from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
 from store.database import Store
 from store.queries import key_of
@@ -31,7 +31,7 @@ from workers.pool import Pool, Task
 CELLS, MAPS = "timing products", "timing whole maps"
 TOGETHER = 4
 """Products that a task times: few, since a kill loses what a task has not told."""
-ANCHORS = 8
+ANCHORS = 9
 MAP_WEIGHT = 4.0
 GENERATED = 96
 NOISY = 0.15
@@ -82,9 +82,20 @@ class Subject:
         """Those of an assignment."""
         return tuple(self.menu[column] for column in choice)
 
-    def map_of(self, choice: Choice) -> str:
-        """What tells the times of an assignment from others': shapes and schemes."""
-        pairs = [(scheme.weight, scheme.activation) for scheme in self.schemes(choice)]
+    @property
+    def reference(self) -> tuple[Scheme, ...]:
+        """The map that all others are timed in turns with, whatever the menu."""
+        wanted = self.engine.reference
+        return tuple(
+            Scheme(FULL_PRECISION)
+            if any(self.engine.refusal(site, wanted) for site in unit.sites)
+            else wanted
+            for unit in self.layout.units
+        )
+
+    def map_of(self, schemes: Sequence[Scheme]) -> str:
+        """What tells the times of a map from others': shapes and schemes."""
+        pairs = [(scheme.weight, scheme.activation) for scheme in schemes]
         shapes = [site.shape for unit in self.layout.units for site in unit.sites]
         return key_of(map_hash(self.layout, pairs), *shapes)
 
@@ -94,20 +105,18 @@ class Subject:
 
     def map_key(self, choice: Choice) -> str:
         """Of the store."""
-        return self.place.of(self.map_of(choice), *asdict(self.exercise).items())
+        maps = self.map_of(self.schemes(choice)), self.map_of(self.reference)
+        return self.place.of(*maps, *asdict(self.exercise).items())
 
     @property
     def anchors(self) -> list[Choice]:
-        """Maps to fit on: a reference in the middle first, then mixes from the smallest to the largest.
-
-        Mixes and not uniform maps, since it is mixes that are predicted.
-        """
+        """Maps to fit on, from the smallest to the largest: mixes, since it is mixes that are predicted."""
         generator = np.random.default_rng(0)
         nbytes = self._bytes()
         order = np.argsort(np.where(self.offered, nbytes, np.inf), axis=1, kind="stable")
         counts = self.offered.sum(axis=1)
         rows = np.arange(len(order))
-        found = [order[rows, counts // 2]]
+        found = []
         for step in range(ANCHORS):
             place = step / (ANCHORS - 1)
             drawn = np.clip(generator.normal(place, SPREAD, len(rows)), 0, 1)
@@ -207,7 +216,7 @@ def profile(subject: Subject, store: Store, pool: Pool, progress: Progress) -> P
     keys = {cell: subject.cell_key(cell) for cell in subject.cells}
     known = cell_times(store, list(keys.values()))
     missing = [cell for cell, key in keys.items() if key not in known]
-    progress.expect({CELLS: float(len(missing)), MAPS: MAP_WEIGHT * (ANCHORS + 1)})
+    progress.expect({CELLS: float(len(missing)), MAPS: MAP_WEIGHT * ANCHORS})
     with progress.stage(CELLS, len(missing)) as advance:
         for start in range(0, len(missing), TOGETHER):
             for row in _time_cells(subject, pool, missing[start : start + TOGETHER]):
@@ -217,7 +226,7 @@ def profile(subject: Subject, store: Store, pool: Pool, progress: Progress) -> P
     cells = {cell: known[key] for cell, key in keys.items()}
     failed = {cell for cell, time in cells.items() if time.failure}
     anchors = [c for c in subject.anchors if not failed & _needed(subject, c)]
-    maps = time_maps(subject, store, pool, progress, anchors, subject.anchors[0])
+    maps = time_maps(subject, store, pool, progress, anchors)
     return Profile(subject, cells, tuple(zip(anchors, maps, strict=True)))
 
 
@@ -227,14 +236,13 @@ def time_maps(
     pool: Pool,
     progress: Progress,
     maps: Sequence[Choice],
-    reference: Choice,
     label: str = MAPS,
 ) -> list[MapTime]:
     """Run whole maps in the engine, but for those that the store has."""
     keys = [subject.map_key(choice) for choice in maps]
     known = map_times(store, keys)
     missing = {k: c for k, c in zip(keys, maps, strict=True) if k not in known}
-    names = tuple(s.name for s in subject.schemes(reference))
+    names = tuple(scheme.name for scheme in subject.reference)
     with progress.stage(label, len(missing), MAP_WEIGHT) as advance:
         for key, choice in missing.items():
             own = tuple(s.name for s in subject.schemes(choice))
@@ -244,9 +252,10 @@ def time_maps(
             }  # fmt: skip
             run, beside = _one(pool, Task("time_map", arguments))
             known[key] = MapTime(
-                key=key, **vars(subject.place), map=subject.map_of(choice),
+                key=key, **vars(subject.place), map=subject.map_of(subject.schemes(choice)),
                 workload=asdict(subject.workload), prefill_s=list(run.prefill_s),
-                decode_s=list(run.decode_s), reference=subject.map_of(reference),
+                decode_s=list(run.decode_s), prefill_j=run.prefill_j, decode_j=run.decode_j,
+                reference=subject.map_of(subject.reference),
                 reference_prefill_s=list(beside.prefill_s),
                 reference_decode_s=list(beside.decode_s),
             )  # fmt: skip

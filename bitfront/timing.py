@@ -41,8 +41,7 @@ def corrected(run: Run, problems: dict[str, Problem]) -> dict[str, Problem]:
     profile = plan.times.profile
     choices = _binding(run, plan.times, problems, limits)
     rows = time_maps(
-        profile.subject, run.store, run.pool, run.progress, choices, profile.subject.anchors[0],
-        SOLVED,
+        profile.subject, run.store, run.pool, run.progress, choices, SOLVED
     )  # fmt: skip
     known = replace(profile, maps=(*profile.maps, *zip(choices, rows, strict=True)))
     times = measured_times(known)
@@ -83,12 +82,14 @@ def check_times(run: Run, times: Times, finalists: Sequence[Candidate]) -> None:
     }
     if found := times.profile:
         rows = time_maps(
-            found.subject, run.store, run.pool, run.progress, choices, found.subject.anchors[0],
-            FINALISTS,
+            found.subject, run.store, run.pool, run.progress, choices, FINALISTS
         )  # fmt: skip
         fitted = {row.key for _, row in found.maps}
         for candidate, row in zip(finalists, rows, strict=True):
             own = {phase: found.measured_s(row, phase) for phase in PHASES}
-            maps[candidate.map_hash] |= {"measured": own, "fitted": row.key in fitted}
+            maps[candidate.map_hash] |= {
+                "measured": own, "fitted": row.key in fitted,
+                "joules": {"prefill": row.prefill_j, "decode": row.decode_j},
+            }  # fmt: skip
     facts = {"times": {**run.job.facts["times"], "maps": maps}}
     run.job = update_job(run.store, run.job.id, facts=facts)

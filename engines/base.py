@@ -97,10 +97,15 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of a whole model: of each repeat of a prompt, and of each generated token."""
+    """A whole model: seconds of each repeat of a prompt and of each generated token.
+
+    And the joules of one, as the chip counts them, where this machine lets us read that.
+    """
 
     prefill_s: tuple[float, ...]
     decode_s: tuple[float, ...]
+    prefill_j: float | None = None
+    decode_j: float | None = None
 
 
 class Engine(ABC):
@@ -112,6 +117,18 @@ class Engine(ABC):
     name: str
     fuses: bool
     """Whether the sites of a unit are one matrix to it, and must have one scheme."""
+    reference: Scheme
+    """What a model is stored as that others are timed in turns with."""
+
+    def check(self, config: Any) -> None:  # noqa: B027 -- most serve whatever transformers does
+        """Refuse kinds of models that the engine doesn't know.
+
+        Args:
+            config: the model's transformers configuration.
+
+        Raises:
+            BitfrontError: with what it knows.
+        """
 
     @abstractmethod
     def refusal(self, site: Site, scheme: Scheme) -> str | None:

@@ -33,9 +33,18 @@ class LlamaCpp(Engine):
 
     name = "llama.cpp"
     fuses = False
+    reference = Scheme("gguf-q8_0")
+
+    def check(self, config: Any) -> None:
+        """See `Engine.check`."""
+        from engines.gguf_file import FAMILIES
+
+        FAMILIES[config.model_type]
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Engine.refusal`."""
+        if len(site.shape) != 2 or site.transposed:
+            return "packed experts and transposed weights aren't written to GGUF files yet"
         if scheme.activation != FULL_PRECISION:
             return (
                 f"llama.cpp chooses how activations are rounded; {scheme.activation} can't be set"
@@ -157,7 +166,7 @@ def stored_tensors(evaluator: "Evaluator", schemes: Sequence[Scheme]) -> Iterato
     wrong = [
         f"{unit.name}: {why}"
         for unit, scheme in units
-        for why in (_refusal(engine, unit.stored, scheme),)
+        for why in (engine.refusal(unit.stored[0], scheme),)
         if why
     ]
     if wrong:
@@ -176,12 +185,6 @@ def stored_tensors(evaluator: "Evaluator", schemes: Sequence[Scheme]) -> Iterato
     for name, tensor in bank.rest().items():
         values = tensor.float().contiguous().numpy()
         yield Stored(name, F32, values.shape, lambda values=values: values.view(np.uint8))  # type: ignore[misc]
-
-
-def _refusal(engine: LlamaCpp, sites: Sequence[Site], scheme: Scheme) -> str | None:
-    if len(sites[0].shape) != 2 or sites[0].transposed:
-        return "only plain matrices are written"
-    return engine.refusal(sites[0], scheme)
 
 
 def _uint8() -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Cell, Engine, Exercise, Run, Timing
+from engines.power import gpu_counter, processor_counter
 from evaluation.arithmetic import choose_dtype, default_device
 from quantization.checkpoints import Checkpoint, load_model
 from quantization.errors import EngineError
@@ -39,6 +40,7 @@ class TorchKernels(Engine):
 
     name = "torch"
     fuses = False
+    reference = Scheme(FULL_PRECISION)
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Engine.refusal`."""
@@ -89,9 +91,10 @@ class TorchKernels(Engine):
                 model.start(exercise.past)
             count = WARM_UP + exercise.generated
             tokens = [[model.step_s() for model in both] for _ in range(count)]
+            joules = _joules(both[0], exercise)
         own, beside = (
-            Run(tuple(p[i] for p in prompts[1:]), tuple(t[i] for t in tokens[WARM_UP:]))
-            for i in (0, 1)
+            Run(tuple(p[i] for p in prompts[1:]), tuple(t[i] for t in tokens[WARM_UP:]), *found)
+            for i, found in ((0, joules), (1, (None, None)))
         )
         return own, beside
 
@@ -182,6 +185,22 @@ class _Model:
         weight = PackedWeight(_copy(_noise(format, site.shape), self._device), _dtype())
         parameter = nn.Parameter(weight, requires_grad=False)
         self._module.get_submodule(path)._parameters[name] = parameter
+
+
+def _joules(model: _Model, exercise: Exercise) -> tuple[float | None, float | None]:
+    """Of a prompt and of a token; None where nothing counts them."""
+    find = gpu_counter if default_device().type == "cuda" else processor_counter
+    counter, _ = find()
+    if counter is None:
+        return None, None
+    before = counter.read_j()
+    model.start(exercise.prompt)
+    prompt = counter.read_j() - before
+    model.start(exercise.past)
+    before = counter.read_j()
+    for _ in range(exercise.generated):
+        model.step_s()
+    return prompt, (counter.read_j() - before) / exercise.generated
 
 
 def _timing(cell: _Products, reference: _Products, usual_s: float) -> Timing:

@@ -146,7 +146,8 @@ class MapTime(Base):
     """A whole map that an engine has run on a device: seconds of each prompt and generated token.
 
     `map` identifies the model's shapes and the kernel of each parameter, not the weights: times
-    don't depend on those. `reference` is the map that was timed in turns with it.
+    don't depend on those. Joules, of one prompt and one token, are null where nothing counts them.
+    `reference` is the map that was timed in turns with it.
     """
 
     __tablename__ = "map_times"
@@ -160,6 +161,8 @@ class MapTime(Base):
     workload: Mapped[dict[str, Any]] = mapped_column(JSON)
     prefill_s: Mapped[list[float]] = mapped_column(JSON)
     decode_s: Mapped[list[float]] = mapped_column(JSON)
+    prefill_j: Mapped[float | None] = mapped_column(Float)
+    decode_j: Mapped[float | None] = mapped_column(Float)
     reference: Mapped[str] = mapped_column(String(64))
     reference_prefill_s: Mapped[list[float]] = mapped_column(JSON)
     reference_decode_s: Mapped[list[float]] = mapped_column(JSON)

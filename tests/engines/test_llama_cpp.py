@@ -122,6 +122,8 @@ def test_models_that_gguf_files_dont_know_are_refused(make_bank, tmp_path):
     export = Export(names, Evaluator(bank, torch.device("cpu")), CHUNKS, 0.0)
     with pytest.raises(UnknownNameError, match="kind of model for GGUF files 'gpt_neox'"):
         load_target("gguf").write(export, tmp_path)
+    with pytest.raises(UnknownNameError, match="kind of model for GGUF files 'gpt_neox'"):
+        load_engine("llama.cpp").check(load_config(bank.checkpoint))
 
 
 def test_rules():

@@ -39,6 +39,8 @@ def upgrade() -> None:
         sa.Column("workload", sa.JSON, nullable=False),
         sa.Column("prefill_s", sa.JSON, nullable=False),
         sa.Column("decode_s", sa.JSON, nullable=False),
+        sa.Column("prefill_j", sa.Float),
+        sa.Column("decode_j", sa.Float),
         sa.Column("reference", sa.String(64), nullable=False),
         sa.Column("reference_prefill_s", sa.JSON, nullable=False),
         sa.Column("reference_decode_s", sa.JSON, nullable=False),

@@ -114,11 +114,6 @@ class ServingConfig(_Closed):
     max_decode_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_prefill_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
-    @property
-    def timed(self) -> bool:
-        """Whether seconds count."""
-        return self.engine is not None
-
 
 class JobConfig(_Closed):
     """Everything that determines a job's result.
@@ -174,9 +169,13 @@ def load_config(model: str, file: Path | None, overrides: dict[str, Any]) -> Job
     for path, value in overrides.items():
         if value is not None:
             data = _merge(data, _nested(path, value))
-    engine = (data.get("serving") or {}).get("engine")
-    if engine in ENGINE_MENUS and not (overrides.get("menu") or "menu" in data_of_file):
-        data["menu"] = ENGINE_MENUS[engine]
+    wanted = data.get("serving")
+    engine = wanted.get("engine") if isinstance(wanted, dict) else None
+    own = data_of_file.get("menu")
+    asked = overrides.get("menu") or isinstance(own, str) or (own and "schemes" in own)
+    if isinstance(engine, str) and engine in ENGINE_MENUS and not asked:
+        base = _menu(ENGINE_MENUS[engine])
+        data["menu"] = _merge(base, own) if isinstance(own, dict) else base
     if isinstance(data.get("menu"), str):
         data["menu"] = _menu(data["menu"])
     try:

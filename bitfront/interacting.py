@@ -19,6 +19,7 @@ from bitfront.scoring import ESTIMATE_WEIGHT
 from cost_models import weight_bytes
 from quantization.errors import MeasurementError
 from search.controls import uniform
+from search.errors import InfeasibleBudgetError
 from search.problem import Problem
 from search.quadratic import MOST_ENTRIES, Quadratic, solve_quadratic
 from sensitivity.interactions import Interactions
@@ -146,7 +147,10 @@ def _solved(run: Run, problem: Quadratic) -> list[Candidate]:
     plan, found = run.plan, {}
     for budget in plan.budgets:
         limits = {weight_bytes.RESOURCE: budget - plan.other_bytes, **plan.other_limits}
-        choice = solve_quadratic(problem, limits, SECONDS).choice
+        try:
+            choice = solve_quadratic(problem, limits, SECONDS).choice
+        except InfeasibleBudgetError:  # latency leaves no map of this size
+            continue
         origin = f"{INTERACTIONS}, at most {budget:,} bytes"
         found[plan.map_hash(choice)] = candidate_of(plan, run.job.id, choice, origin)
     return list(found.values())

@@ -24,6 +24,7 @@ from bitfront.config import (
 from bitfront.demo import NAME, demo_model
 from bitfront.serving import Times
 from cost_models import weight_bytes
+from cost_models.devices import LOCAL
 from engines import Engine
 from evaluation.arithmetic import DTYPES, choose_dtype, memory_bytes
 from evaluation.texts import Text, TextRequest, make_texts
@@ -120,6 +121,9 @@ class Plan:
     def problem(self, loss: NDArray[np.float64]) -> Problem:
         """The allocation problem under a loss table."""
         offered = self.offered
+        if self.times:
+            for phase in serving.limits_s(self.config.serving):
+                offered = offered & np.isfinite(self.times.tables_s[phase])
         costs = {weight_bytes.RESOURCE: self.bytes_table}
         if self.changes:
             costs[rules.CHANGED] = self.changes[0]
@@ -194,6 +198,8 @@ class Plan:
         config = self.config.model_dump_json(exclude=exclude)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]
         extra = [self.quantizer] if self.packed or self.imatrix or REVISION > 1 else []
+        if self.engine and self.config.serving.device == LOCAL:
+            extra.append(serving.place_of(self.config.serving, self.engine).of())
         return key_of(self.checkpoint.weights_hash, config, self.dtype, *texts, *extra)
 
 

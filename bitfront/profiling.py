@@ -18,7 +18,7 @@ from cost_models import measured
 from cost_models.measured import PHASES, Fit, Phase
 from cost_models.memory import Workload
 from engines.base import Cell, Engine, Exercise
-from quantization.errors import BitfrontError, EngineError, WorkerError
+from quantization.errors import BitfrontError, EngineError, KernelError
 from quantization.precision_map import map_hash
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
@@ -214,18 +214,24 @@ def profile(subject: Subject, store: Store, pool: Pool, progress: Progress) -> P
         EngineError: the engine isn't there, or can't run the model at all.
     """
     keys = {cell: subject.cell_key(cell) for cell in subject.cells}
+    usual_s = _usual_s(subject, store, pool)
     known = cell_times(store, list(keys.values()))
     missing = [cell for cell, key in keys.items() if key not in known]
     progress.expect({CELLS: float(len(missing)), MAPS: MAP_WEIGHT * ANCHORS})
     with progress.stage(CELLS, len(missing)) as advance:
         for start in range(0, len(missing), TOGETHER):
-            for row in _time_cells(subject, pool, missing[start : start + TOGETHER]):
-                save_time(store, row)
+            part = missing[start : start + TOGETHER]
+            for row, lasts in _time_cells(subject, pool, part, usual_s):
+                if lasts:
+                    save_time(store, row)
                 known[row.key] = row
                 advance(1)
     cells = {cell: known[key] for cell, key in keys.items()}
     failed = {cell for cell, time in cells.items() if time.failure}
     anchors = [c for c in subject.anchors if not failed & _needed(subject, c)]
+    if not anchors:
+        reasons = sorted({time.failure for time in cells.values() if time.failure})
+        raise NoTimesError(f"no map could be timed: {'; '.join(reasons)}")
     maps = time_maps(subject, store, pool, progress, anchors)
     return Profile(subject, cells, tuple(zip(anchors, maps, strict=True)))
 
@@ -264,25 +270,48 @@ def time_maps(
     return [known[key] for key in keys]
 
 
-def _time_cells(subject: Subject, pool: Pool, cells: Sequence[Cell]) -> list[CellTime]:
-    """Times of some products; where one fails, each by itself, to find out which."""
+def _usual_s(subject: Subject, store: Store, pool: Pool) -> float:
+    """What the reference product takes at the place, timed when it was first asked for."""
+    cell = subject.engine.reference_cell
+    key = subject.cell_key(cell)
+    known = cell_times(store, [key]).get(key)
+    if known is None or known.median_s is None:
+        ((known, _),) = _time_cells(subject, pool, [cell], None)
+        if known.median_s is None:
+            raise NoTimesError(f"{subject.engine.name} can't be timed here: {known.failure}")
+        save_time(store, known)
+    return known.median_s
+
+
+def _time_cells(
+    subject: Subject, pool: Pool, cells: Sequence[Cell], usual_s: float | None
+) -> list[tuple[CellTime, bool]]:
+    """Times of some products, and whether they last; where one fails, each by itself.
+
+    A kernel that isn't there won't be tomorrow. A worker that died, or a machine without memory,
+    says nothing of the next attempt.
+    """
     place = subject.place
-    arguments = {"engine": place.engine, "device": place.device, "threads": place.threads}
-    failure = None
+    arguments = {
+        "engine": place.engine, "device": place.device, "threads": place.threads,
+        "usual_s": usual_s,
+    }  # fmt: skip
+    failure, lasts = None, True
     try:
         found = _one(pool, Task("time_cells", {**arguments, "cells": list(cells)}))
-    except (EngineError, WorkerError) as error:  # a kernel that crashes takes its worker along
+    except EngineError as error:
         if len(cells) > 1:
-            return [row for cell in cells for row in _time_cells(subject, pool, [cell])]
-        found, failure = [None], str(error)
-    return [
+            return [t for cell in cells for t in _time_cells(subject, pool, [cell], usual_s)]
+        found, failure, lasts = [None], str(error), isinstance(error, KernelError)
+    rows = [
         CellTime(
-            key=subject.cell_key(cell), **vars(subject.place), rows=cell.shape[0],
+            key=subject.cell_key(cell), **vars(place), rows=cell.shape[0],
             columns=cell.shape[1], kernel=cell.kernel, batch=cell.batch, failure=failure,
             median_s=time and time.median_s, spread_s=time and time.spread_s,
         )
         for cell, time in zip(cells, found, strict=True)
     ]  # fmt: skip
+    return [(row, lasts) for row in rows]
 
 
 def _needed(subject: Subject, choice: Choice) -> set[Cell]:

@@ -4,9 +4,9 @@ On this machine they are measured (`profiling.py`); on a device of the catalogue
 (`cost_models/roofline.py`), and said to be.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from bitfront.progress import Progress
 from cost_models.devices import LOCAL, Device, load_device
 from cost_models.measured import PHASES, Phase
 from cost_models.memory import Workload
+from cost_models.probing import core_limit, local_name
 from engines import Engine, load_engine
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.schemes import Scheme
@@ -64,8 +65,14 @@ class Times:
         return np.ceil(table * NANOSECONDS).astype(np.int64)
 
     def limit(self, phase: Phase, limit_s: float) -> int:
-        """What of a limit is left for the units, in nanoseconds."""
-        return int((limit_s - self.overhead_s[phase]) * NANOSECONDS)
+        """What of a limit is left for the units, in nanoseconds.
+
+        A standard error of the model is kept back, where a map is that fast: under a limit a solver
+        finds the maps that the model takes for faster than they are.
+        """
+        least = float(np.nanmin(self.tables_s[phase], axis=1).sum()) + self.overhead_s[phase]
+        kept_back = max(least, limit_s / (1 + (self.errors[phase] or 0.0)))
+        return ceil((min(limit_s, kept_back) - self.overhead_s[phase]) * NANOSECONDS)
 
 
 def resource(phase: Phase) -> str:
@@ -89,6 +96,11 @@ def workload_of(serving: ServingConfig) -> Workload:
 def engine_of(serving: ServingConfig) -> Engine | None:
     """The engine that a job names; limits on seconds need one."""
     if serving.engine is None:
+        if serving.device != LOCAL or serving.threads:
+            raise ConfigError(
+                "a device or threads to serve with mean nothing without an engine; "
+                "give --engine llama.cpp too"
+            )
         if limits_s(serving):
             raise ConfigError(
                 "a latency limit needs an engine whose kernels are timed; give --engine llama.cpp"
@@ -97,6 +109,10 @@ def engine_of(serving: ServingConfig) -> Engine | None:
     engine = load_engine(serving.engine)
     if serving.device != LOCAL:
         load_device(serving.device)
+        if serving.threads:
+            raise ConfigError(
+                f"threads are of this machine; leave --threads out for '{serving.device}'"
+            )
     elif serving.batch > 1:
         raise ConfigError(
             f"batch is {serving.batch}, and {engine.name} is timed for one sequence on this "
@@ -113,10 +129,15 @@ def subject_of(
     offered: NDArray[np.bool_],
 ) -> Subject:
     """What is timed on this machine."""
-    device = load_device(LOCAL)
-    threads = serving.threads or len(os.sched_getaffinity(0))
-    place = Place(device.title, engine.name, engine.kernel_version(), threads)
+    place = place_of(serving, engine)
     return Subject(place, engine, workload_of(serving), layout, menu, offered)
+
+
+def place_of(serving: ServingConfig, engine: Engine) -> Place:
+    """This machine with an engine."""
+    threads = serving.threads or max(1, int(core_limit()))
+    name = local_name(accelerated=engine.accelerated)
+    return Place(name, engine.name, engine.kernel_version(), threads)
 
 
 def timed(plan: "Plan", store: Store, pool: Pool, progress: Progress) -> "Times | None":
@@ -133,7 +154,8 @@ def timed(plan: "Plan", store: Store, pool: Pool, progress: Progress) -> "Times 
         times = measured_times(profile(subject, store, pool, progress))
     else:
         times = analytical_times(
-            load_device(serving.device), engine, plan.checkpoint, plan.layout, plan.menu,
+            load_device(serving.device), engine,
+            plan.folding.original if plan.folding else plan.checkpoint, plan.layout, plan.menu,
             workload_of(serving),
         )  # fmt: skip
     _check_limits(plan, times)

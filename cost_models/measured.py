@@ -12,7 +12,7 @@ prediction is.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import sqrt
 from typing import Literal
 
 import numpy as np
@@ -46,15 +46,16 @@ def products(
 ) -> list[Product]:
     """The products of a unit. Looking up an embedding is none; a head works on last tokens only."""
     tokens = workload.batch if phase == "decode" else workload.batch * workload.prompt
-    turns, rows = ceil(tokens / AT_ONCE), min(tokens, AT_ONCE)
+    turns = [(AT_ONCE, tokens // AT_ONCE), (tokens % AT_ONCE, 1)]
     found = []
     for index, site in enumerate(unit.sites):
         if unit.kind == "embedding" and index == 0:
             continue
         is_head = unit.kind in ("embedding", "head")
-        rows_, turns_ = (workload.batch, 1) if is_head else (rows, turns)
-        shape = (site.shape[-2], site.shape[-1])
-        found.append(Product(Cell(shape, engine.kernel(scheme, site.shape), rows_), turns_))
+        shape, kernel = (site.shape[-2], site.shape[-1]), engine.kernel(scheme, site.shape)
+        for rows, times in [(workload.batch, 1)] if is_head else turns:
+            if rows and times:
+                found.append(Product(Cell(shape, kernel, rows), times))
     return found
 
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,21 @@ def probe() -> Device:
     if platform.system() == "Darwin":
         return _apple() or _processor()
     return _accelerator() or _processor()
+
+
+@cache
+def local_name(*, accelerated: bool) -> str:
+    """What tells this machine's times from others': its accelerator, or its processor.
+
+    Args:
+        accelerated: whether the accelerator is meant, where there is one.
+    """
+    found = (_accelerator() or _apple()) if accelerated else None
+    return found.title if found else _processor_title()
+
+
+def _processor_title() -> str:
+    return f"{_cpuinfo()[0]}, {core_limit():g} cores"
 
 
 def memory_limit_bytes() -> int | None:
@@ -124,7 +140,7 @@ def _processor() -> Device:
     }
     return Device(
         name=LOCAL,
-        title=f"{model}, {cores:g} cores",
+        title=_processor_title(),
         kind="cpu",
         memory_bytes=memory,
         bandwidth_bytes_per_s=bandwidth,
@@ -206,7 +222,7 @@ def _known(name: str, memory_bytes: int | None, facts: dict[str, Any]) -> Device
     """The device of the catalogue that calls itself `name`, with this machine's memory."""
     for entry in DEVICES:
         device = DEVICES[entry]
-        if any(part in name for part in device.reported_as):
+        if any(_calls_itself(name, part) for part in device.reported_as):
             return device.model_copy(
                 update={
                     "name": LOCAL,
@@ -216,6 +232,13 @@ def _known(name: str, memory_bytes: int | None, facts: dict[str, Any]) -> Device
                 }
             )
     return None
+
+
+def _calls_itself(name: str, part: str) -> bool:
+    """Whether a name is that device's: whole words, and none of a slower or faster sibling's."""
+    siblings = {"Laptop", "Mobile", "Max-Q", "D", "NX", "Nano", "SUPER"} - set(part.split())
+    words = re.escape(part)
+    return bool(re.search(rf"(?<![\w]){words}(?![\w])", name)) and not siblings & set(name.split())
 
 
 def _cpuinfo() -> tuple[str, set[str], float | None]:

@@ -1,7 +1,7 @@
 """The contracts of the room: an engine serves maps, an export target writes what an engine loads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +115,12 @@ class Engine(ABC):
     """
 
     name: str
+    reference_cell: Cell
+    """A product that all others are timed beside."""
     fuses: bool
     """Whether the sites of a unit are one matrix to it, and must have one scheme."""
+    accelerated: bool = False
+    """Whether it runs on this machine's accelerator, and not on its processor."""
     reference: Scheme
     """What a model is stored as that others are timed in turns with."""
 
@@ -163,17 +167,19 @@ class Engine(ABC):
 
     @abstractmethod
     def time_cells(
-        self, cells: Sequence[Cell], threads: int, done: Callable[[int], object]
+        self, cells: Sequence[Cell], threads: int, usual_s: float | None
     ) -> list[Timing]:
-        """Time products with the kernels that would serve them.
+        """Time products with the kernels that would serve them, each beside `reference_cell`.
 
         Args:
             cells: what to time.
             threads: of the CPU, where it is one.
-            done: told after each cell.
+            usual_s: what the reference usually takes here, in whose terms times are told; by
+                default what it takes now.
 
         Raises:
-            EngineError: no such kernel, or no memory for it.
+            KernelError: no such kernel.
+            EngineError: no memory for it.
         """
 
     @abstractmethod

@@ -68,8 +68,16 @@ class Stored:
         return int(np.prod(self.shape[:-1], dtype=np.int64)) * row
 
 
-def write_gguf(path: Path, checkpoint: Checkpoint, tensors: Sequence[Stored]) -> None:
+def write_gguf(
+    path: Path, checkpoint: Checkpoint, tensors: Sequence[Stored], *, vocabulary: bool = True
+) -> None:
     """Write a model; one tensor at a time is in memory.
+
+    Args:
+        path: the file.
+        checkpoint: whose configuration and tokenizer it gets.
+        tensors: in the order of the file.
+        vocabulary: False leaves the tokenizer out, for files that are only timed.
 
     Raises:
         ExportError: a kind of model or a tensor that GGUF files of this kind don't know.
@@ -80,7 +88,10 @@ def write_gguf(path: Path, checkpoint: Checkpoint, tensors: Sequence[Stored]) ->
     writer = gguf.GGUFWriter(path, family.name)
     _add_model(writer, config, checkpoint)
     embedding = next(t for t in tensors if t.parameter.endswith("embed_tokens.weight"))
-    add_tokenizer(writer, checkpoint, embedding.shape[0])
+    if vocabulary:
+        add_tokenizer(writer, checkpoint, embedding.shape[0])
+    else:
+        writer.add_tokenizer_model("no_vocab")
     tensors = [*tensors, *_rope_frequencies(config)]
     kind = next(k for k, n in gguf.MODEL_ARCH_NAMES.items() if n == family.name)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
@@ -123,7 +134,7 @@ def _add_model(writer: gguf.GGUFWriter, config: Any, checkpoint: Checkpoint) -> 
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = getattr(config, "rope_parameters", None) or {}
-    writer.add_name(Path(checkpoint.name).stem)
+    writer.add_name(Path(checkpoint.name).name.removesuffix(".gguf"))
     writer.add_file_type(GUESSED)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)

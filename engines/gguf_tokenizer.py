@@ -29,11 +29,18 @@ SPLITTERS = (
 """Names that llama.cpp knows (`llama_vocab::impl::load` in src/llama-vocab.cpp), common ones first."""
 PROBE = (
     "Hello, world! It's 2026; they'll pay $1234567.89 (or 12 345,67 €) -- won't they?\n\n\n"
-    "def f(x_1):\n\tif x_1 >= 10**3:  # done\n        return 'ÀÉÎ ß' + \"e\u0301\"\n\r\n"
+    "def f(x_1):\n\tif x_1 >= 10**3:  # done\n        return 'ÀÉÎ ß'\n\r\n"
     "   three spaces, trailing   \nСлово, 漢字かな交じり文、한국어 문장 ๑๒๓ ١٢٣ 🙂👩‍💻 İ NO-BREAK\u00a0SPACE "
     "CamelCaseWORD mixed123abc 0x1F 3.14e-10 I'D 'Twas don’t :-) //// ==== <<EOF"
 )  # fmt: skip
-"""Digits, contractions, white space, scripts: where splitters differ."""
+"""Digits, contractions, white space, scripts: where splitters differ. All of it is in composed form,
+which some tokenizers bring text into and llama.cpp does not."""
+
+
+def agrees(vocabulary: Any, checkpoint: Checkpoint) -> bool:
+    """Whether a file in llama.cpp's hands splits the probe as transformers' tokenizer does."""
+    wanted = load_tokenizer(checkpoint).encode(PROBE, add_special_tokens=False)
+    return np.array_equal(vocabulary.tokenize(PROBE), wanted)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, vocab: int) -> None:
@@ -66,12 +73,15 @@ def _made(checkpoint: Checkpoint, vocab: int) -> dict[str, Any]:
     fields["template"] = getattr(tokenizer, "chat_template", None)
     if fields["model"] == "gpt2":
         fields["pre"] = _splitter(tokenizer, fields)
-    elif not _agrees(tokenizer, fields):
-        raise ExportError(
-            "llama.cpp splits text otherwise than this model's tokenizer, whatever it is told; "
-            "this export can't be made"
-        )
-    return fields
+        return fields
+    for prefix in (True, False):
+        fields["prefix"] = prefix
+        if _agrees(tokenizer, fields):
+            return fields
+    raise ExportError(
+        "llama.cpp splits text otherwise than this model's tokenizer, whatever it is told; "
+        "this export can't be made"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -98,16 +108,14 @@ def _fields(tokenizer: Any, vocab: int) -> dict[str, Any]:
         )
     names = {number: token for token, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    size = max(vocab, *names) if len(names) > vocab else vocab
-    tokens = [names.get(i, f"[PAD{i}]") for i in range(size)]
+    tokens = [names.get(i, f"[PAD{i}]") for i in range(vocab)]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     spm = bool(model.get("byte_fallback"))
-    kinds = [_kind(i, names, added, tokens, spm) for i in range(size)]
+    kinds = [_kind(i, names, added, tokens, spm) for i in range(vocab)]
     fields: dict[str, Any] = {"model": "llama" if spm else "gpt2", "tokens": tokens, "kinds": kinds}
     if spm:
         rank = {merge.replace(" ", ""): -float(i) for i, merge in enumerate(merges)}
         fields["scores"] = [rank.get(token, 0.0) for token in tokens]
-        fields["prefix"] = '"prepend":"▁"' in tokenizer.backend_tokenizer.to_str()
     else:
         fields["merges"] = merges
     ids = ("bos", "eos", "unk", "pad")

@@ -9,7 +9,7 @@ for a while slows both.
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,7 @@ import numpy as np
 from engines.base import Cell, Timing
 from engines.llama_library import llama
 from engines.llama_runs import noise
-from quantization.errors import EngineError
+from quantization.errors import EngineError, KernelError
 from quantization.formats.gguf import TYPES
 
 F32, CPU = 0, 0
@@ -28,7 +28,6 @@ WORKING_SET_BYTES = 96 * 2**20  # more than second-level caches; a small model's
 MOST_COPIES = 512
 MOST_OPERATIONS = 4e9  # of one pass; a long prompt keeps its weight in the caches anyway
 REPEATS, LEAST_S = 5, 0.02
-REFERENCE = Cell((1024, 1024), "q8_0", 1)
 BUFFER_OFFSET = 8  # of ggml_tensor.buffer
 c_void, c_long = ctypes.c_void_p, ctypes.c_int64
 
@@ -70,26 +69,23 @@ def _ggml() -> ctypes.CDLL:
 
 
 def time_products(
-    cells: Sequence[Cell], threads: int, done: Callable[[int], object] = lambda _: None
+    cells: Sequence[Cell], beside: Cell, threads: int, usual_s: float | None = None
 ) -> list[Timing]:
     """Time products of packed weights, each in terms of a reference that is timed beside it.
 
     Args:
         cells: shapes, ggml types and numbers of activation rows.
+        beside: the reference.
         threads: of each product.
-        done: told after each cell.
+        usual_s: what the reference usually takes; by default what it takes now.
 
     Raises:
-        EngineError: no llama.cpp, a type that it doesn't know, or no memory for a cell.
+        KernelError: a type that ggml doesn't know.
+        EngineError: no llama.cpp, or no memory for a cell.
     """
-    with _products(REFERENCE, threads) as reference:
-        first = _seconds(reference, REPEATS)
-        usual = float(np.median(first))
-        found = []
-        for cell in cells:
-            found.append(_timing(cell, threads, reference, usual))
-            done(1)
-    return found
+    with _products(beside, threads) as reference:
+        usual = usual_s or float(np.median(_seconds(reference, REPEATS)))
+        return [_timing(cell, threads, reference, usual) for cell in cells]
 
 
 def _timing(cell: Cell, threads: int, reference: "_Graph", usual_s: float) -> Timing:
@@ -136,7 +132,7 @@ def _products(cell: Cell, threads: int) -> Iterator[_Graph]:
     """A graph of products, each with its own copy of a weight."""
     ggml, copies = _ggml(), _copies(cell)
     if cell.kernel not in TYPES:
-        raise EngineError(f"ggml has no type '{cell.kernel}'; known: {', '.join(TYPES)}")
+        raise KernelError(f"ggml has no type '{cell.kernel}'; known: {', '.join(TYPES)}")
     number, (rows, columns) = TYPES[cell.kernel].number, cell.shape
     with ExitStack() as stack:
         backend = ggml.ggml_backend_cpu_init()

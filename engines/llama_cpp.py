@@ -4,7 +4,7 @@ Rules: it serves ggml's types and bf16, weights only; it fuses nothing, so units
 for it, and may be. Bytes: blocks of the stored type, vectors in float32, no padding counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class LlamaCpp(Engine):
     name = "llama.cpp"
     fuses = False
     reference = Scheme("gguf-q8_0")
+    reference_cell = Cell((1024, 1024), "q8_0", 1)
 
     def check(self, config: Any) -> None:
         """See `Engine.check`."""
@@ -77,12 +78,12 @@ class LlamaCpp(Engine):
         return kernel_version()
 
     def time_cells(
-        self, cells: Sequence[Cell], threads: int, done: Callable[[int], object]
+        self, cells: Sequence[Cell], threads: int, usual_s: float | None
     ) -> list[Timing]:
         """See `Engine.time_cells`."""
         from engines.llama_cells import time_products
 
-        return time_products(cells, threads, done)
+        return time_products(cells, self.reference_cell, threads, usual_s)
 
     def time_map(
         self,
@@ -138,7 +139,9 @@ class GGUFFile(Target):
         written = tensor_bytes(folder / FILE_NAME)
         if written != expected:
             raise ExportError(f"the file holds {written:,} bytes of tensors, not {expected:,}")
-        kl = divergence(export.evaluator, folder / FILE_NAME, export.chunks)
+        kl, agreed = _compared(export.evaluator, folder / FILE_NAME, export.chunks)
+        if not agreed and not bank.checkpoint.name.endswith(".gguf"):
+            raise ExportError("llama.cpp splits text otherwise than the model's own tokenizer")
         measured = export.measured_kl
         if not abs(kl - measured) <= TOLERANCE * measured + NOISE_NATS:
             raise ExportError(
@@ -150,6 +153,8 @@ class GGUFFile(Target):
             "reloaded_kl": kl,
             "chunks": len(export.chunks),
             "weight_bytes": written,
+            "tokens_agree": agreed,
+            "serve": f"llama-server -m {FILE_NAME}",
         }
 
 
@@ -193,18 +198,21 @@ def _uint8() -> Any:
     return torch.uint8
 
 
-def divergence(evaluator: "Evaluator", file: Path, chunks: NDArray[np.int64]) -> float:
-    """KL from the unquantized model to llama.cpp on a file, nats per token."""
+def _compared(evaluator: "Evaluator", file: Path, chunks: NDArray[np.int64]) -> tuple[float, bool]:
+    """KL from the unquantized model to llama.cpp on a file, and whether both split text alike."""
     import torch
 
+    from engines.gguf_tokenizer import agrees
     from engines.llama_library import LlamaModel
 
     total = tokens = 0.0
-    with LlamaModel(file, context=chunks.shape[1], batch=chunks.shape[1]) as model:
+    length = chunks.shape[1]
+    with LlamaModel(file, torch.get_num_threads(), context=length, batch=length) as model:
+        agreed = agrees(model, evaluator.bank.checkpoint)
         for ids in chunks:
             found = torch.from_numpy(model.logits(ids)[:-1])
             wanted = evaluator.reference_logits(ids)[:-1]
             log_p, log_q = wanted.log_softmax(-1), found[:, : wanted.shape[1]].log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum())
             tokens += len(found)
-    return total / tokens
+    return total / tokens, agreed

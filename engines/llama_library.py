@@ -6,7 +6,6 @@ declaration before anything is passed (`_checked`), since a field that moved wou
 """
 
 import ctypes
-import os
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -98,11 +97,9 @@ def llama() -> ctypes.CDLL:
         "llama_free": (None, [c_void]),
         "llama_model_get_vocab": (c_void, [c_void]),
         "llama_vocab_n_tokens": (c_int, [c_void]),
-        "llama_vocab_bos": (c_int, [c_void]),
         "llama_model_size": (ctypes.c_uint64, [c_void]),
         "llama_get_memory": (c_void, [c_void]),
         "llama_memory_clear": (None, [c_void, ctypes.c_bool]),
-        "llama_memory_seq_rm": (ctypes.c_bool, [c_void, c_int, c_int, c_int]),
         "llama_state_seq_get_size": (ctypes.c_size_t, [c_void, c_int]),
         "llama_state_seq_get_data": (ctypes.c_size_t, [c_void, c_void, ctypes.c_size_t, c_int]),
         "llama_state_seq_set_data": (ctypes.c_size_t, [c_void, c_void, ctypes.c_size_t, c_int]),
@@ -217,12 +214,12 @@ class LlamaModel:
         EngineError: llama.cpp refuses the file, or has no memory for it.
     """
 
-    def __init__(
-        self, path: Path, threads: int | None = None, context: int = 1024, batch: int = 512
-    ) -> None:
+    def __init__(self, path: Path, threads: int, context: int = 1024, batch: int = 512) -> None:
         self._llama = llama()
-        self.threads = threads or len(os.sched_getaffinity(0))
-        self._model = _load(path, self._llama.llama_model_default_params())
+        self.threads = threads
+        model = self._llama.llama_model_default_params()
+        model.n_gpu_layers = 0  # this is the engine of the processor
+        self._model = _load(path, model)
         params = self._llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, context, min(batch, context)
         params.n_outputs_max_per_seq = 0

@@ -4,6 +4,7 @@ Times don't depend on values, so the weights are noise, packed once a shape and 
 map is written as fast as the disk takes it.
 """
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,9 @@ LEAST_PROMPTS, MOST_PROMPTS, ENOUGH_S = 3, 8, 6.0
 """Pairs of prompts that count: as many as fit into some seconds."""
 WARM_UP = 4
 """Tokens that don't count."""
+FEW_ROWS = 256
+ROOM = 8
+"""Files of shared memory are memory: it must have room for so many times the file."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- a folder of our own is made in it
 
 
@@ -61,10 +65,10 @@ def opened(
         for type in (kernels[site.parameter],)
     ]
     tensors += [Stored(name, F32, shape, _ones(shape)) for name, shape in others.items()]
-    place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    place = _place(sum(tensor.nbytes for tensor in tensors))
     with tempfile.TemporaryDirectory(dir=place, prefix="bitfront-") as folder:
         path = Path(folder, "model.gguf")
-        write_gguf(path, checkpoint, tensors)
+        write_gguf(path, checkpoint, tensors, vocabulary=False)
         with LlamaModel(path, threads, context, min(context, 512)) as model:
             path.unlink()  # it is mapped or read by now
             yield model
@@ -145,6 +149,13 @@ def _cache(model: LlamaModel, shape: str, past: int) -> NDArray[np.uint8]:
     return _caches[shape, past]
 
 
+def _place(nbytes: int) -> Path | None:
+    """Shared memory where it has plenty of room, else wherever temporary files go."""
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ROOM * nbytes:
+        return SHARED_MEMORY
+    return None
+
+
 Read = Callable[[], NDArray[np.uint8]]
 
 
@@ -156,12 +167,19 @@ def _ones(shape: tuple[int, ...]) -> Read:
     return lambda: np.ones(shape, dtype=np.float32).view(np.uint8)
 
 
-@cache
 def noise(type: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Normal numbers as ggml packs them (rows x row bytes): subnormal ones would be slow."""
     rows, columns = shape
+    few = _few(type, min(rows, FEW_ROWS), columns)
+    return np.ascontiguousarray(np.tile(few, (-(-rows // len(few)), 1))[:rows])
+
+
+@cache
+def _few(type: str, rows: int, columns: int) -> NDArray[np.uint8]:
+    """Some rows; packing all of a large model's takes long, and values don't matter."""
     kind = TYPES[type]
-    values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32) / columns**0.5
+    values = np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32)
+    values /= columns**0.5
     packed = np.empty((rows, kind.row_bytes(columns)), dtype=np.uint8)
     importance = np.ones(columns, dtype=np.float32)
     llama().ggml_quantize_chunk(

@@ -5,7 +5,7 @@ their launches in one CUDA graph where the kernels allow it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from engines.base import Cell, Engine, Exercise, Run, Timing
 from engines.power import gpu_counter, processor_counter
 from evaluation.arithmetic import choose_dtype, default_device
 from quantization.checkpoints import Checkpoint, load_model
-from quantization.errors import EngineError
+from quantization.errors import KernelError
 from quantization.formats import FORMATS, Packed
 from quantization.kernels.operator import packed_linear
 from quantization.kernels.packed_weight import PackedWeight
@@ -31,7 +31,6 @@ MOST_COPIES, MOST_OPERATIONS = 256, 2e10
 REPEATS, LEAST_S, PROMPTS, WARM_UP = 5, 0.02, 3, 3
 REVISION = 1
 """Of the kernels: raised when their speed changes."""
-REFERENCE = Cell((1024, 1024), FULL_PRECISION, 1)
 ROWS = 256
 
 
@@ -41,11 +40,19 @@ class TorchKernels(Engine):
     name = "torch"
     fuses = False
     reference = Scheme(FULL_PRECISION)
+    reference_cell = Cell((1024, 1024), FULL_PRECISION, 1)
+
+    @property
+    def accelerated(self) -> bool:  # type: ignore[override]
+        """See `Engine.accelerated`."""
+        return default_device().type == "cuda"
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Engine.refusal`."""
         if scheme.activation != FULL_PRECISION:
             return f"activations in {scheme.activation} have no kernel here"
+        if scheme.weight != FULL_PRECISION and (len(site.shape) != 2 or site.transposed):
+            return "packed experts and transposed weights aren't timed yet"
         return FORMATS[scheme.weight].refusal(site.shape)
 
     def kernel(self, scheme: Scheme, shape: tuple[int, ...]) -> str:
@@ -63,17 +70,14 @@ class TorchKernels(Engine):
         return f"torch {version('torch')} {name} {_dtype()} kernels {REVISION}"
 
     def time_cells(
-        self, cells: Sequence[Cell], threads: int, done: Callable[[int], object]
+        self, cells: Sequence[Cell], threads: int, usual_s: float | None
     ) -> list[Timing]:
         """See `Engine.time_cells`."""
-        device, found = default_device(), []
+        device = default_device()
         with _threads(threads), torch.inference_mode():
-            reference = _Products(REFERENCE, device)
-            usual = float(np.median([reference.seconds() for _ in range(REPEATS)]))
-            for cell in cells:
-                found.append(_timing(_Products(cell, device), reference, usual))
-                done(1)
-        return found
+            reference = _Products(self.reference_cell, device)
+            usual = usual_s or float(np.median([reference.seconds() for _ in range(REPEATS)]))
+            return [_timing(_Products(cell, device), reference, usual) for cell in cells]
 
     def time_map(
         self,
@@ -153,7 +157,7 @@ class _Model:
         self._module = load_model(checkpoint, _dtype()).to(self._device)
         for unit, scheme in zip(layout.units, schemes, strict=True):
             for site in unit.stored:
-                if scheme.weight != FULL_PRECISION and unit.layer is not None:
+                if scheme.weight != FULL_PRECISION and unit.kind in ("linear", "head"):
                     self._pack(site, scheme.weight)
         self._cache: Any = None
 
@@ -223,18 +227,18 @@ def _product(inputs: Tensor, weight: Packed) -> Tensor:
 def _noise(format: str, shape: tuple[int, ...]) -> Packed:
     """Normal numbers, few rows of them again and again: values don't matter, fitting takes long."""
     if format not in FORMATS:
-        raise EngineError(f"there is no format '{format}'")
+        raise KernelError(f"there is no format '{format}'")
     *_, rows, columns = shape
     few = torch.randn(min(ROWS, rows), columns, generator=torch.Generator().manual_seed(0))
     kind = FORMATS[format]
     packed = kind.pack(*kind.nearest(few / columns**0.5))
     if rows <= ROWS:
         return packed
+    if any(len(tensor) != len(few) for tensor in packed.tensors.values()):  # not row by row
+        whole = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        return kind.pack(*kind.nearest(whole / columns**0.5))
     times = -(-rows // ROWS)
-    tensors = {
-        name: torch.cat([t] * times)[:rows] if len(t) == len(few) else t
-        for name, t in packed.tensors.items()
-    }
+    tensors = {name: torch.cat([t] * times)[:rows] for name, t in packed.tensors.items()}
     return Packed(format, (rows, columns), tensors)
 
 

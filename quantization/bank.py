@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -151,7 +151,7 @@ class Bank:
             weight = self.reference(unit)[parameter].float()
             made = QUANTIZERS["rtn"].quantize(weight, FORMATS[FULL_PRECISION], NOTHING_KNOWN)
         else:
-            weights = {parameter: open_weights(self.checkpoint)[parameter]}
+            weights = {parameter: self._weights[parameter]}
             (found,) = self._quantized(weights, [site], scheme, {})
             assert isinstance(found, Quantized)
             made = found
@@ -175,6 +175,10 @@ class Bank:
     def rest(self) -> Tensors:
         """All parameters and persistent buffers outside units."""
         return self._read(self._rest_path())
+
+    @cached_property
+    def _weights(self) -> Mapping[str, Tensor]:
+        return open_weights(self.checkpoint)
 
     def _build_units(
         self, units: Sequence[Unit], schemes: Sequence[Scheme], weights: Mapping[str, Tensor]

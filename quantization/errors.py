@@ -38,4 +38,8 @@ class WorkerError(BitfrontError):
 
 
 class EngineError(BitfrontError):
-    """An engine that isn't installed, refuses a file, or can't run a kernel."""
+    """An engine that isn't installed, refuses a file, or has no memory for it."""
+
+
+class KernelError(EngineError):
+    """A kernel that an engine doesn't have, today and tomorrow."""

@@ -34,6 +34,8 @@ SIZES = {
 
 CONFIGS = {
     "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {"head_dim": None}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}),
     "gpt_neox": ("GPTNeoXConfig", {"num_key_value_heads": None, "head_dim": None}),

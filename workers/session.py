@@ -3,7 +3,8 @@
 import fcntl
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cost_models.devices import LOCAL, load_device
-from engines import load_engine
+from cost_models.probing import local_name
+from engines import Engine, load_engine
 from engines.base import Cell, Exercise, Run, Timing
 from evaluation.arithmetic import DTYPES, default_device
 from evaluation.calibration import calibrate
@@ -21,7 +22,7 @@ from evaluation.evaluator import Evaluator, Measurement
 from quantization.bank import Bank
 from quantization.cache import cache_dir
 from quantization.checkpoints import Checkpoint, resolve
-from quantization.errors import EngineError, ModelError
+from quantization.errors import ModelError, WorkerError
 from quantization.memory import return_memory
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
@@ -127,11 +128,17 @@ class Session:
         return floor
 
     def time_cells(
-        self, engine: str, device: str, cells: Sequence[Cell], threads: int
+        self,
+        engine: str,
+        device: str,
+        cells: Sequence[Cell],
+        threads: int,
+        usual_s: float | None,
     ) -> list[Timing]:
         """Products with an engine's kernels on this machine, which must be that device."""
-        _check_device(device)
-        return load_engine(engine).time_cells(cells, threads, _ignore)
+        found = load_engine(engine)
+        with _alone(found, device):
+            return found.time_cells(cells, threads, usual_s)
 
     def time_map(
         self,
@@ -142,10 +149,12 @@ class Session:
         exercise: Exercise,
     ) -> tuple[Run, Run]:
         """A whole model in an engine on this machine, and a reference beside it."""
-        _check_device(device)
         own, beside = ([Scheme.parse(name) for name in names] for names in (schemes, reference))
-        checkpoint, layout = self._local_checkpoint(), self._spec.layout
-        return load_engine(engine).time_map(checkpoint, layout, own, beside, exercise)
+        folding, layout, found = self._spec.folding, self._spec.layout, load_engine(engine)
+        # what a transform makes has the original's shapes, and may not be there yet
+        checkpoint = _on_this_node(folding.original if folding else self._spec.checkpoint)
+        with _alone(found, device):
+            return found.time_map(checkpoint, layout, own, beside, exercise)
 
     def scheme(self, name: str) -> Scheme:
         """The scheme of that name, among those of the session."""
@@ -214,21 +223,23 @@ class Session:
         return folding.checkpoint if folding else _on_this_node(self._spec.checkpoint)
 
 
-def _check_device(wanted: str) -> None:
-    """Refuse to time a machine in another's name.
+@contextmanager
+def _alone(engine: Engine, device: str) -> Iterator[None]:
+    """While one worker of this machine, which must be that device, times something.
 
     Raises:
-        EngineError: this is another kind of machine than the driver's.
+        WorkerError: this is another kind of machine than the driver's.
     """
-    if (here := load_device(LOCAL).title) != wanted:
-        raise EngineError(
-            f"times for '{wanted}' were asked of a worker on '{here}'; "
+    if (here := local_name(accelerated=engine.accelerated)) != device:
+        raise WorkerError(
+            f"times for '{device}' were asked of a worker on '{here}'; "
             "run this command on the machine that is to serve, without --address"
         )
-
-
-def _ignore(_: int) -> None:
-    """A worker reports tasks, not parts of them."""
+    lock = cache_dir() / "timing.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _on_this_node(wanted: Checkpoint) -> Checkpoint:

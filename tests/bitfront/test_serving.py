@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from bitfront.pipeline import run_search, spec_of
 from bitfront.plan import make_plan
 from bitfront.profiling import profile
 from bitfront.progress import Silent
-from bitfront.serving import subject_of, timed
+from bitfront.serving import measured_times, subject_of, timed
 from cost_models.geometry import geometry_of
 from cost_models.memory import activation_bytes, kv_cache_bytes
 from engines.llama_cpp import LlamaCpp
@@ -74,7 +75,7 @@ def test_a_profile_times_nothing_twice(done, store):
     assert known.failed == []
     rows = cells_at(store, subject(plan).place)
     assert {(r.rows, r.columns, r.kernel, r.batch) for r in rows} == {
-        (*c.shape, c.kernel, c.batch) for c in subject(plan).cells
+        (*c.shape, c.kernel, c.batch) for c in (*subject(plan).cells, plan.engine.reference_cell)
     }
 
 
@@ -164,6 +165,13 @@ def test_a_kernel_that_cant_run_is_marked_and_left_out(done, tmp_path, monkeypat
     rows = plan.offered[:, column]
     assert np.isnan(known.table_s("decode")[rows, column]).all()
     assert np.isfinite(np.delete(known.table_s("decode"), column, axis=1)[rows]).all()
+    limited = plan.config.serving.model_copy(update={"max_decode_s": 1.0})
+    config = plan.config.model_copy(update={"serving": limited})
+    problem = replace(plan, config=config, times=measured_times(known)).problem(
+        np.ones(plan.offered.shape)
+    )
+    assert not problem.offered[rows, column].any()  # a time that nobody knows isn't free
+    assert problem.offered[plan.offered].sum() == plan.offered.sum() - rows.sum()
 
 
 def test_a_catalogued_device_is_analytical_and_says_so(folder, store):
@@ -204,6 +212,7 @@ def test_limits_on_seconds_want_an_engine(folder):
             "has no int4",
         ),
         (["search", "MODEL", "--engine", "llama.cpp", "--batch", "4"], "batch is 4"),
+        (["search", "MODEL", "--device", "rtx-4090"], "mean nothing without an engine"),
     ],
 )
 def test_bad_input_is_one_line(bitfront_command, folder, arguments, said):

@@ -7,7 +7,7 @@ from engines import load_engine
 from engines.base import Cell, Exercise
 from engines.torch_kernels import _Model
 from quantization.adapter import describe
-from quantization.errors import EngineError
+from quantization.errors import KernelError
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.schemes import Scheme
 from quantization.units import Site
@@ -20,6 +20,7 @@ def test_rules():
     assert ENGINE.refusal(site, Scheme("int4-g32")) is None
     assert ENGINE.refusal(site, Scheme("gguf-q8_0")) is None
     assert "don't divide" in ENGINE.refusal(Site("q", "q", (64, 100)), Scheme("gguf-q8_0"))
+    assert "packed experts" in ENGINE.refusal(Site("e", "e", (4, 64, 96)), Scheme("int4-g32"))
     assert ENGINE.nbytes(Scheme("int4-g32"), (64, 96)) == 64 * 96 // 2 + 64 * 3 * 2
 
 
@@ -27,11 +28,11 @@ def test_products_are_timed():
     cells = [
         Cell((512, 512), name, batch) for name in ("int8-channel", "bf16") for batch in (1, 64)
     ]
-    found = ENGINE.time_cells(cells, 1, lambda _: None)
+    found = ENGINE.time_cells(cells, 1, None)
     assert all(timing.median_s > 0 and timing.spread_s >= 0 for timing in found)
     assert found[0].median_s < found[1].median_s
-    with pytest.raises(EngineError, match="no format 'int9'"):
-        ENGINE.time_cells([Cell((64, 64), "int9", 1)], 1, lambda _: None)
+    with pytest.raises(KernelError, match="no format 'int9'"):
+        ENGINE.time_cells([Cell((64, 64), "int9", 1)], 1, None)
 
 
 def test_whole_models_run_on_packed_weights(llama):

@@ -125,7 +125,7 @@ def _as_fast(
         times = measured_times(profile)
         costs = {**problem.costs, "time": times.costs(phase)}
         timed = replace(problem, costs=costs)
-        choice = solve(timed, {"time": times.limit(phase, limit)}).choice
+        choice = solve(timed, {"time": times.limit(phase, limit, run.plan.offered)}).choice
         row = _timed(run, profile, choice)
         if profile.measured_s(row, phase) <= limit:
             break

@@ -34,7 +34,10 @@ def remarks(job: Job, points: Sequence[Any]) -> list[str]:
     facts = job.facts.get("times")
     if not facts:
         return []
-    return [_source(facts), *_checked(job), *_binding(job, points), *_cells(facts)]
+    return [
+        _source(facts), *_checked(job), *_binding(job, points), *_uncontrolled(job, points),
+        *_cells(facts),
+    ]  # fmt: skip
 
 
 def _maps(job: Job) -> dict[str, Any]:
@@ -90,6 +93,17 @@ def _binding(job: Job, points: Sequence[Any]) -> list[str]:
                     f"{show_seconds(limit)} allowed for {WORDS[phase]}."
                 )
     return found
+
+
+def _uncontrolled(job: Job, points: Sequence[Any]) -> list[str]:
+    """Controls are left out where limits forbid them, since they could end up as the answer."""
+    serving = job.config.get("serving", {})
+    limited = any(serving.get(f"max_{phase}_s") for phase in PHASES)
+    if not limited or any(point.control for point in points):
+        return []
+    return [
+        "No uniform or random map keeps the latency limit: there is no control to compare with."
+    ]
 
 
 def _cells(facts: dict[str, Any]) -> list[str]:

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from bitfront.fronts import INTERACTIONS, is_later, losses
 from bitfront.interacting import PAIRS, interact
 from bitfront.plan import Plan, settled
+from bitfront.profiling import MAP_WEIGHT
 from bitfront.progress import Progress
 from bitfront.proposals import choice_of, propose
 from bitfront.refining import REFINE, SLOPES_WEIGHT, refine, starts_of
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT, experts_seen, score
-from bitfront.timing import check_times, corrected, with_times
+from bitfront.timing import FINALISTS, check_times, corrected, with_times
 from evaluation.texts import Text
 from quantization.errors import BitfrontError, MeasurementError
 from search.calibration import Calibration, fit_gain
@@ -128,6 +129,8 @@ def _expected_work(plan: Plan) -> dict[str, float]:
     if config.refinement.measurements:
         work[REFINED] = float(later)
         work[REFINE] = float(SLOPES_WEIGHT * config.refinement.measurements)
+    if plan.times and plan.times.profile:
+        work[FINALISTS] = MAP_WEIGHT * (controls + len(plan.budgets))
     for name in config.estimators:
         shares = ESTIMATORS[name].shares(units, config.texts.calibration.chunks)
         work[f"sensitivity: {name}"] = float(ESTIMATE_WEIGHT * len(shares))

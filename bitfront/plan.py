@@ -145,7 +145,8 @@ class Plan:
         limits = {rules.CHANGED: self.changes[1]} if self.changes else {}
         if self.times:
             for phase, limit_s in serving.limits_s(self.config.serving).items():
-                limits[serving.resource(phase)] = self.times.limit(phase, limit_s)
+                limit = self.times.limit(phase, limit_s, self.offered)
+                limits[serving.resource(phase)] = limit
         return limits
 
     def weight_bytes(self, choice: NDArray[np.intp]) -> int:

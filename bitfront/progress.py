@@ -25,7 +25,7 @@ class Progress(Protocol):
     """What the pipeline reports to. Work is counted in measurements of a candidate on a chunk."""
 
     def expect(self, work: Mapping[str, float]) -> None:
-        """The work that each stage will probably take, by label."""
+        """The work that each stage will probably take, by label; more is added to what was said."""
 
     @contextmanager
     def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
@@ -60,7 +60,7 @@ class Lines:
 
     def expect(self, work: Mapping[str, float]) -> None:
         """See `Progress.expect`."""
-        self._expected = dict(work)
+        self._expected |= work
 
     @contextmanager
     def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
@@ -113,7 +113,7 @@ class RichProgress:
 
     def expect(self, work: Mapping[str, float]) -> None:
         """See `Progress.expect`."""
-        self._expected = dict(work)
+        self._expected |= work
 
     @contextmanager
     def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitfront.plan import Plan
+from bitfront.serving import limits_s, resource
 from cost_models import weight_bytes
 from search.controls import random_at, some_formats, uniform
 from search.errors import InfeasibleBudgetError
@@ -54,7 +55,10 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
     solvable = _solvable(plan, any_problem)
     for estimator, problem in problems.items():
         limits = [budget - plan.other_bytes for budget in solvable]
-        solutions = sweep(problem, weight_bytes.RESOURCE, limits, plan.other_limits)
+        try:
+            solutions = sweep(problem, weight_bytes.RESOURCE, limits, plan.other_limits)
+        except InfeasibleBudgetError as error:
+            raise InfeasibleBudgetError(f"{error}{_in_seconds(plan)}") from error
         for budget, solution in zip(solvable, solutions, strict=True):
             certificate = {
                 "budget": budget,
@@ -65,6 +69,18 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
             origin = f"{estimator}, at most {budget:,} bytes"
             add(solution.choice, origin, certificate=certificate)
     return list(candidates.values())
+
+
+def _in_seconds(plan: Plan) -> str:
+    """What limits on nanoseconds are, to those who gave milliseconds."""
+    if plan.times is None or not (limits := limits_s(plan.config.serving)):
+        return ""
+    told = ", ".join(
+        f"{resource(phase)} is what {1e3 * limit:.4g} ms leave for the products of weights beside "
+        f"{1e3 * plan.times.overhead_s[phase]:.3g} ms of everything else"
+        for phase, limit in limits.items()
+    )
+    return f" ({told})"
 
 
 def _solvable(plan: Plan, problem: Problem) -> list[int]:

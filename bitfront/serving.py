@@ -6,7 +6,6 @@ On this machine they are measured (`profiling.py`); on a device of the catalogue
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,15 +63,22 @@ class Times:
         table = np.nan_to_num(self.tables_s[phase], nan=0.0, posinf=0.0)
         return np.ceil(table * NANOSECONDS).astype(np.int64)
 
-    def limit(self, phase: Phase, limit_s: float) -> int:
+    def fastest(self, phase: Phase, offered: NDArray[np.bool_]) -> float:
+        """Seconds of the fastest map; infinite where a unit has no kernel with a time."""
+        table = self.tables_s[phase]
+        own = np.where(offered & np.isfinite(table), table, np.inf)
+        return float(own.min(axis=1).sum()) + self.overhead_s[phase]
+
+    def limit(self, phase: Phase, limit_s: float, offered: NDArray[np.bool_]) -> int:
         """What of a limit is left for the units, in nanoseconds.
 
         A standard error of the model is kept back, where a map is that fast: under a limit a solver
         finds the maps that the model takes for faster than they are.
         """
-        least = float(np.nanmin(self.tables_s[phase], axis=1).sum()) + self.overhead_s[phase]
-        kept_back = max(least, limit_s / (1 + (self.errors[phase] or 0.0)))
-        return ceil((min(limit_s, kept_back) - self.overhead_s[phase]) * NANOSECONDS)
+        careful = limit_s / (1 + (self.errors[phase] or 0.0))
+        kept = min(limit_s, max(careful, self.fastest(phase, offered)))
+        rounded_up = offered.shape[0]  # nanoseconds: each unit's are
+        return int((kept - self.overhead_s[phase]) * NANOSECONDS) + rounded_up
 
 
 def resource(phase: Phase) -> str:
@@ -197,11 +203,10 @@ def analytical_times(
 def _check_limits(plan: "Plan", times: Times) -> None:
     """Refuse limits that no map keeps, with what the fastest takes."""
     for phase, limit in limits_s(plan.config.serving).items():
-        table = np.where(plan.offered, times.tables_s[phase], np.inf)
-        table = np.where(np.isnan(table), np.inf, table)
-        least = float(table.min(axis=1).sum()) + times.overhead_s[phase]
+        least = times.fastest(phase, plan.offered)
         if not np.isfinite(least):
-            unit = plan.layout.units[int(np.argmax(np.isinf(table.min(axis=1))))].name
+            timed = plan.offered & np.isfinite(times.tables_s[phase])
+            unit = plan.layout.units[int(np.argmin(timed.any(axis=1)))].name
             raise ConfigError(f"{unit} has no scheme whose kernel could be timed; widen the menu")
         if least > limit:
             raise InfeasibleBudgetError(

@@ -116,7 +116,7 @@ def test_limits_hold_for_every_map_that_is_proposed(folder, store, done):
     job = run_search(limited, store, InProcessPool, Silent())
     found = find_job(store, job).facts["times"]["maps"]
     assert any(c.certificate for c in candidates_of(store, job))
-    assert all(times["predicted"]["decode"] <= limit * (1 + 1e-9) for times in found.values())
+    assert all(times["predicted"]["decode"] <= limit + 1e-6 for times in found.values())
     assert any(times["fitted"] for times in found.values())  # the solver's own were run, and seen
 
 

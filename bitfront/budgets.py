@@ -28,7 +28,7 @@ def budgets(plan: "Plan") -> tuple[int, ...]:
     wanted = [fixed + int(bits * plan.quantizable_numel / 8) for bits in plan.config.budgets]
     wanted += plan.config.budgets_bytes
     smallest = plan.other_bytes + _smallest(plan)
-    most = _most(plan)
+    most = most_bytes(plan)
     if smallest > most:
         limit = plan.config.serving.max_memory_bytes or 0
         raise InfeasibleBudgetError(
@@ -50,8 +50,12 @@ def budgets(plan: "Plan") -> tuple[int, ...]:
     return tuple(sorted(set(wanted or sizes)))
 
 
-def _most(plan: "Plan") -> int:
-    """The weight bytes that a limit on memory leaves."""
+def most_bytes(plan: "Plan") -> int:
+    """The weight bytes that a limit on memory leaves; more than any map has without one.
+
+    Raises:
+        ConfigError: the model's KV cache is unknown.
+    """
     wanted = plan.config.serving
     if wanted.max_memory_bytes is None:
         return int(np.iinfo(np.int64).max)
@@ -61,9 +65,13 @@ def _most(plan: "Plan") -> int:
             "this model's KV cache is unknown (its forward pass could not be traced), so its memory "
             "is, too; constrain --max-size instead of --max-memory"
         )
-    geometry = geometry_of(load_config(plan.checkpoint), plan.layout)
-    held = kv_cache_bytes(plan.layout, workload)
-    return wanted.max_memory_bytes - held - activation_bytes(plan.layout, geometry, workload)
+    return wanted.max_memory_bytes - kv_cache_bytes(plan.layout, workload) - working_bytes(plan)
+
+
+def working_bytes(plan: "Plan") -> int:
+    """Activations of the job's workload."""
+    geometry = geometry_of(load_config(plan.original), plan.layout)
+    return activation_bytes(plan.layout, geometry, serving.workload_of(plan.config.serving))
 
 
 def _smallest(plan: "Plan") -> int:

@@ -233,8 +233,12 @@ def query(
     max_prefill_latency: Annotated[
         str | None, typer.Option(help="Of a prompt, in the job's workload: 1.5s.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Tokens kept for each.")] = 4096,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences side by side. Default: the job's, or 1.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens kept for each. Default: the job's, or 4096.")
+    ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -324,8 +328,11 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except _InterruptedError:
-        sys.stderr.write("interrupted; run the same command again to go on\n")
-        sys.exit(130)
+        _say_interrupted()
+    except SystemError as error:  # ray's C code wraps what the handler raises in the middle of it
+        if not isinstance(error.__cause__, _InterruptedError):
+            raise
+        _say_interrupted()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os._exit(1)
     except OSError as error:
@@ -335,6 +342,11 @@ def main() -> None:
 
 class _InterruptedError(BaseException):
     """Ctrl-C, in a form that typer doesn't turn into a bare exit."""
+
+
+def _say_interrupted() -> None:
+    sys.stderr.write("interrupted; run the same command again to go on\n")
+    sys.exit(130)
 
 
 def _interrupt(*_: object) -> None:

@@ -313,7 +313,8 @@ def best_point(
             return min(fitting, key=lambda p: (p.weight_bytes, p.kl)), None
         return min(fitting, key=lambda p: (p.kl, p.weight_bytes)), None
     impossible = [
-        f"{name} <= {_number(limit)} (the smallest is {_number(least)})"
+        f"{name} <= {_number(limit)} "
+        + (f"(the smallest is {_number(least)})" if isfinite(least) else "(none is timed yet)")
         for name, limit, value in checks
         if (least := min(value(p) for p in front.points)) > limit
     ]

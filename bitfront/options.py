@@ -16,7 +16,8 @@ AddressOption = Annotated[
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="How many model replicas.")]
 EngineOption = Annotated[
-    str | None, typer.Option(help="Serve with: llama.cpp. Its rules, bytes and speed then count.")
+    str | None,
+    typer.Option(help="Serve with: llama.cpp or torch. Its rules, bytes and speed count."),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Serve on: local (measured), or one that `devices` lists.")

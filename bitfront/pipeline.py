@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitfront.budgets import working_bytes
 from bitfront.fronts import INTERACTIONS, is_later, losses
 from bitfront.interacting import PAIRS, interact
 from bitfront.plan import Plan, settled
@@ -162,6 +163,10 @@ def open_planned(plan: Plan, store: Store) -> Job:
         "estimators": list(plan.config.estimators),
         "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
     }
+    if plan.engine or plan.config.serving.max_memory_bytes:
+        wanted = plan.config.serving
+        workload = {"batch": wanted.batch, "context": wanted.context}
+        facts["memory"] = {"workload": workload, "activation_bytes": working_bytes(plan)}
     if plan.because:  # an audit of the job plans it anew, and doesn't ask again
         facts |= {"estimators_because": plan.because, "evidence": plan.evidence}
     return update_job(store, job.id, facts=facts)

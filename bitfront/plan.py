@@ -95,6 +95,11 @@ class Plan:
     evidence: dict[str, Any] | None = None
 
     @property
+    def original(self) -> Checkpoint:
+        """The model before a transform, whose result may not be there yet."""
+        return self.folding.original if self.folding else self.checkpoint
+
+    @property
     def offered(self) -> NDArray[np.bool_]:
         """Units x schemes: what each unit may get."""
         return np.array([[scheme in row for scheme in self.menu] for row in self.choices])

@@ -5,6 +5,7 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
+from bitfront.budgets import most_bytes
 from bitfront.plan import Plan
 from bitfront.serving import limits_s, resource
 from cost_models import weight_bytes
@@ -21,6 +22,7 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
     """Controls first, then each estimator's optimum at each budget; equal maps once."""
     candidates: dict[str, Candidate] = {}
     any_problem = next(iter(problems.values()))
+    most = most_bytes(plan)
 
     def add(
         choice: Choice,
@@ -28,7 +30,7 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
         control: str | None = None,
         certificate: dict[str, float] | None = None,
     ) -> None:
-        if any_problem.breaks(choice, plan.other_limits):
+        if any_problem.breaks(choice, plan.other_limits) or plan.weight_bytes(choice) > most:
             return  # a control that the menu's rules forbid could end up as the answer
         found = plan.map_hash(choice)
         new = candidate_of(plan, job_id, choice, origin, len(candidates) + 1, control)

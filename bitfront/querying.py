@@ -8,7 +8,7 @@ from rich.table import Table
 
 from bitfront import latency
 from bitfront.console import print_json, print_table
-from bitfront.fronts import Constraints, best_point, layout_of, load_front
+from bitfront.fronts import Constraints, Front, best_point, layout_of, load_front
 from bitfront.sizes import show_bytes, show_seconds
 from cost_models.memory import Workload, kv_cache_bytes, memory_bytes
 from quantization.errors import BitfrontError
@@ -27,11 +27,14 @@ def run_query(
     store: Store,
     job_id: int | None,
     limits: dict[str, float | None],
-    batch: int,
-    context: int,
+    batch: int | None,
+    context: int | None,
     as_json: bool,
 ) -> None:
-    """Print the best point of a job under constraints; raises `NothingFitsError`."""
+    """Print the best point of a job under constraints; raises `NothingFitsError`.
+
+    Without a workload it is the job's, whose activations are known and counted.
+    """
     front = load_front(store, find_job(store, job_id))
     layout = layout_of(front.job, front.model)
     if (limits["decode_s"] or limits["prefill_s"]) and not front.job.facts.get("times"):
@@ -43,40 +46,52 @@ def run_query(
             "this model's KV cache is unknown (its forward pass could not be traced), so its "
             "memory is, too; constrain --max-size instead"
         )
-    workload = Workload(batch, context)
+    known = front.job.facts.get("memory", {"workload": {}, "activation_bytes": 0})
+    given = {k: v for k, v in {"batch": batch, "context": context}.items() if v is not None}
+    workload = Workload(**{**known["workload"], **given})
     cache = kv_cache_bytes(layout, workload)
+    activations = 0 if given else known["activation_bytes"]
     bounds = {name: inf if limit is None else limit for name, limit in limits.items()}
-    point, why_not = best_point(front, Constraints(**bounds), cache)
+    point, why_not = best_point(front, Constraints(**bounds), cache + activations)
     if point is None:
         raise NothingFitsError(str(why_not))
-    memory = memory_bytes(layout, point.weight_bytes, workload)
+    memory = memory_bytes(layout, point.weight_bytes, workload) + activations
+    took = {
+        phase: seconds
+        for phase in latency.PHASES
+        if (seconds := latency.seconds(front.job, point.map_hash, phase)) is not None
+    }
     if as_json:
         found = next(p for p in front.to_json()["points"] if p["id"] == point.id)
         print_json({
             "job": front.job.id, "model": front.model.name, "point": found,
-            "memory_bytes": memory, "kv_cache_bytes": cache,
-            "workload": {"batch": batch, "context": context},
+            "memory_bytes": memory, "kv_cache_bytes": cache, "activation_bytes": activations,
+            "workload": {"batch": workload.batch, "context": workload.context},
+            **{f"{phase}_s": seconds for phase, seconds in took.items()},
         })  # fmt: skip
         return
     table = Table("what", "value", title=f"Best of job {front.job.id}: point {point.id}")
     rows = {
         "average bits": f"{point.average_bits:.4f}",
         "weights": f"{show_bytes(point.weight_bytes)} ({point.weight_bytes:,} bytes)",
-        f"memory at {batch} x {context} tokens": f"{show_bytes(memory)} "
-        f"(KV cache {show_bytes(cache)})",
+        f"memory at {workload.batch} x {workload.context} tokens": f"{show_bytes(memory)} "
+        f"(KV cache {show_bytes(cache)}"
+        + (f", activations {show_bytes(activations)})" if activations else ")"),
         "KL, nats per token": f"{point.kl:.5f} ({point.kl_low:.5f} to {point.kl_high:.5f})",
         "perplexity": f"{point.perplexity:.3f} (unquantized {front.reference_perplexity or 0:.3f})",
-        **{
-            f"{phase} latency": show_seconds(took)
-            for phase in latency.PHASES
-            if (took := latency.seconds(front.job, point.map_hash, phase)) is not None
-        },
+        **{f"{phase} latency": show_seconds(seconds) for phase, seconds in took.items()},
         "control": point.control or "no",
-        "take it": f"bitfront export {front.job.id} --point {point.id} --to map -o DIR",
+        "take it": f"bitfront export {front.job.id} --point {point.id} --to {_target(front)} -o DIR",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     print_table(table)
+
+
+def _target(front: Front) -> str:
+    """What the job's engine loads."""
+    serving = front.job.config.get("serving") or {}
+    return "gguf" if serving.get("engine") == "llama.cpp" else "map"
 
 
 def show_jobs(store: Store, as_json: bool) -> None:

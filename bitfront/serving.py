@@ -161,8 +161,7 @@ def timed(plan: "Plan", store: Store, pool: Pool, progress: Progress) -> "Times 
     else:
         times = analytical_times(
             load_device(serving.device), engine,
-            plan.folding.original if plan.folding else plan.checkpoint, plan.layout, plan.menu,
-            workload_of(serving),
+            plan.original, plan.layout, plan.menu, workload_of(serving),
         )  # fmt: skip
     _check_limits(plan, times)
     return times

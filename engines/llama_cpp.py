@@ -175,7 +175,11 @@ def stored_tensors(evaluator: "Evaluator", schemes: Sequence[Scheme]) -> Iterato
         if why
     ]
     if wrong:
-        raise ExportError(f"llama.cpp can't serve {len(wrong)} units: {'; '.join(wrong[:5])}")
+        more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
+        raise ExportError(
+            f"llama.cpp can't serve {len(wrong)} units: {'; '.join(wrong[:2])}{more}; "
+            "search with --engine llama.cpp for maps that it can"
+        )
     for unit, scheme in units:
         for site in unit.stored:
 

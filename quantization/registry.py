@@ -34,7 +34,11 @@ class Registry(Generic[T]):
             near = [lower[entry] for entry in near]
             choices = near or list(self._entries)[:8]
             hint = "nearest" if near else "known"
-            raise UnknownNameError(f"unknown {self.kind} '{name}'; {hint}: {', '.join(choices)}")
+            left = 0 if near else len(self._entries) - len(choices)
+            more = f" and {left} more" if left else ""
+            raise UnknownNameError(
+                f"unknown {self.kind} '{name}'; {hint}: {', '.join(choices)}{more}"
+            )
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:

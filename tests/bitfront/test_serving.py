@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bitfront import latency
+from bitfront.budgets import working_bytes
 from bitfront.config import ConfigError, ServingConfig
 from bitfront.exporting import export_point
 from bitfront.fronts import Constraints, best_point, load_front
@@ -15,6 +16,7 @@ from bitfront.pipeline import run_search, spec_of
 from bitfront.plan import make_plan
 from bitfront.profiling import profile
 from bitfront.progress import Silent
+from bitfront.querying import run_query
 from bitfront.serving import measured_times, subject_of, timed
 from cost_models.geometry import geometry_of
 from cost_models.memory import activation_bytes, kv_cache_bytes
@@ -138,6 +140,23 @@ def test_a_limit_on_memory_leaves_the_rest_to_the_weights(folder, done):
     serving = SERVING.model_copy(update={"max_memory_bytes": workload_bytes})
     with pytest.raises(InfeasibleBudgetError, match="bytes of memory: the smallest has"):
         make_plan(config_of(folder, serving))
+
+
+def test_no_map_breaks_a_limit_on_memory_and_a_query_counts_alike(folder, store, done, capsys):
+    """Controls neither; and what the job was limited to, a query of it finds."""
+    plan, _ = done
+    limit = plan.budgets[0] + kv_cache_bytes(plan.layout, _workload()) + working_bytes(plan)
+    serving = SERVING.model_copy(update={"max_memory_bytes": limit})
+    job = run_search(make_plan(config_of(folder, serving)), store, InProcessPool, Silent())
+    found = candidates_of(store, job)
+    assert found
+    assert all(candidate.weight_bytes <= plan.budgets[0] for candidate in found)
+    limits = dict.fromkeys(("weight_bytes", "average_bits", "kl", "decode_s", "prefill_s"))
+    run_query(store, job, {**limits, "memory_bytes": limit}, None, None, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["memory_bytes"] <= limit
+    assert answer["workload"] == {"batch": SERVING.batch, "context": SERVING.context}
+    assert answer["decode_s"] > 0
 
 
 def _workload():

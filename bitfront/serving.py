@@ -163,7 +163,7 @@ def timed(plan: "Plan", store: Store, pool: Pool, progress: Progress) -> "Times 
             load_device(serving.device), engine,
             plan.original, plan.layout, plan.menu, workload_of(serving),
         )  # fmt: skip
-    _check_limits(plan, times)
+    check_limits(plan, times)
     return times
 
 
@@ -199,7 +199,7 @@ def analytical_times(
     )
 
 
-def _check_limits(plan: "Plan", times: Times) -> None:
+def check_limits(plan: "Plan", times: Times) -> None:
     """Refuse limits that no map keeps, with what the fastest takes."""
     for phase, limit in limits_s(plan.config.serving).items():
         least = times.fastest(phase, plan.offered)

@@ -9,7 +9,7 @@ import numpy as np
 from bitfront.profiling import Choice, time_maps
 from bitfront.proposals import choice_of, propose
 from bitfront.run import Run
-from bitfront.serving import Times, limits_s, measured_times, resource, summary, timed
+from bitfront.serving import Times, check_limits, limits_s, measured_times, resource, summary, timed
 from cost_models.measured import PHASES, Phase
 from search.problem import Problem
 from store.queries import update_job
@@ -46,6 +46,7 @@ def corrected(run: Run, problems: dict[str, Problem]) -> dict[str, Problem]:
     known = replace(profile, maps=(*profile.maps, *zip(choices, rows, strict=True)))
     times = measured_times(known)
     run.plan = replace(plan, times=times)
+    check_limits(run.plan, times)  # what the fit has learned may forbid the fastest map, too
     run.job = update_job(run.store, run.job.id, facts={"times": summary(times, run.plan)})
     costs = {resource(phase): times.costs(phase) for phase in limits}
     return {

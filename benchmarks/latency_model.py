@@ -12,25 +12,20 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from bitfront.config import DEMO, ServingConfig
+from bitfront.config import DEMO, load_config
 from bitfront.console import errors
-from bitfront.demo import demo_model
-from bitfront.profiling import Choice, Profile, Subject, profile, time_maps
+from bitfront.profile_views import prepared
+from bitfront.profiling import Profile, Subject, profile, time_maps
 from bitfront.progress import Lines
-from bitfront.serving import subject_of
-from cost_models.measured import PHASES, Phase
-from engines import load_engine
-from quantization.adapter import describe
-from quantization.checkpoints import resolve
-from quantization.schemes import Scheme
+from cost_models import weight_bytes
+from cost_models.memory import PHASES, Phase
+from search.problem import Choice
 from store.database import Store
-from workers.pool import InProcessPool, Pool
-from workers.session import SessionSpec
+from workers.pool import InProcessPool
 
 MENU = (
     "gguf-q2_K", "gguf-q3_K", "gguf-q4_0", "gguf-iq4_nl", "gguf-mxfp4", "gguf-q4_K", "gguf-q5_0",
@@ -43,18 +38,9 @@ class Mixes:
     """Maps of given sizes: each tensor's scheme is drawn around one place in its order of bytes."""
 
     def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+        self.bytes_table = weight_bytes.table(subject.layout, subject.menu, subject.engine)
         self._generator = np.random.default_rng(SEED)
         self._order = np.argsort(self.bytes_table, axis=1, kind="stable")
-
-    @cached_property
-    def bytes_table(self) -> np.ndarray:
-        """Units x schemes."""
-        s = self._subject
-        return np.array(
-            [[sum(s.engine.nbytes(m, p.shape) for p in u.stored) for m in s.menu]
-             for u in s.layout.units]
-        )  # fmt: skip
 
     def nbytes(self, choice: Choice) -> int:
         """Of a map's units."""
@@ -101,47 +87,27 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, store: Store) -> dict[str, object]:
-    subject, pool = _opened(arguments)
+    overrides = {
+        "menu": {"schemes": list(MENU)}, "serving.engine": "llama.cpp",
+        "serving.prompt": arguments.prompt, "serving.context": arguments.context,
+        "serving.threads": arguments.threads,
+    }  # fmt: skip
+    subject, spec = prepared(load_config(arguments.model, None, overrides))
     mixes = Mixes(subject)
     tested = mixes.stratified(arguments.mixes)
     seen = {subject.map_of(subject.schemes(anchor)) for anchor in subject.anchors}
     assert seen.isdisjoint(subject.map_of(subject.schemes(choice)) for choice in tested)
-    with Lines(errors) as progress, pool:
+    with Lines(errors) as progress, InProcessPool(spec) as pool:
         known = profile(subject, store, pool, progress)
         first = time_maps(subject, store, pool, progress, tested)
-        again = replace(
-            subject, place=replace(subject.place, kernels=f"{AGAIN}{subject.place.kernels}")
-        )
+        kernels = f"again: {subject.place.kernels}"  # the store would answer for the second run
+        again = replace(subject, place=replace(subject.place, kernels=kernels))
         second = time_maps(again, store, pool, progress, tested)
     return {
         "engine": subject.engine.name,
         "mixes": len(tested),
         **_judged(known, mixes, tested, first, second),
     }
-
-
-AGAIN = "again: "
-
-
-def _opened(arguments: argparse.Namespace) -> tuple[Subject, Pool]:
-    engine = load_engine("llama.cpp")
-    checkpoint = resolve(demo_model() if arguments.model == DEMO else arguments.model)
-    layout = describe(checkpoint).split()
-    menu = tuple(Scheme(name) for name in MENU)
-    serving = ServingConfig(
-        engine=engine.name, prompt=arguments.prompt, context=arguments.context,
-        threads=arguments.threads,
-    )  # fmt: skip
-    offered = np.array(
-        [[not any(engine.refusal(site, scheme) for site in unit.sites) for scheme in menu]
-         for unit in layout.units]
-    )  # fmt: skip
-    subject = subject_of(serving, engine, layout, menu, offered)
-    spec = SessionSpec(
-        checkpoint, layout, "rtn", tuple(MENU for _ in layout.units), "float32", 1, None,
-        np.zeros((1, 2), np.int64), "",
-    )  # fmt: skip
-    return subject, InProcessPool(spec)
 
 
 def _judged(known: Profile, mixes: Mixes, tested: list[Choice], first: list, second: list) -> dict:

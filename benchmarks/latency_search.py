@@ -24,7 +24,7 @@ from bitfront.console import errors
 from bitfront.fronts import losses
 from bitfront.pipeline import measure, open_planned, spec_of
 from bitfront.plan import make_plan, settled
-from bitfront.profiling import Choice, Profile, time_maps
+from bitfront.profiling import Profile, time_maps
 from bitfront.progress import Lines
 from bitfront.proposals import candidate_of
 from bitfront.run import Run
@@ -32,9 +32,10 @@ from bitfront.scoring import score
 from bitfront.searching import open_pool
 from bitfront.serving import measured_times, timed
 from cost_models import weight_bytes
-from cost_models.measured import PHASES, Phase, Ratio
+from cost_models.measured import Ratio
+from cost_models.memory import PHASES, Phase
 from search.exact import solve
-from search.problem import Problem
+from search.problem import Choice, Problem
 from search.statistics import paired_difference
 from store.database import Store, default_url
 from store.tables import MapTime

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitfront.sizes import show_seconds
+from cost_models.memory import PHASES
 from store.tables import Job
 
-PHASES = ("prefill", "decode")
 WORDS = {"prefill": "prompt processing", "decode": "a generated token"}
 
 

@@ -10,13 +10,13 @@ from bitfront import rules
 from bitfront.config import DEMO, ConfigError, JobConfig
 from bitfront.console import errors, print_json, print_table
 from bitfront.demo import demo_model
-from bitfront.profiling import Profile, profile
+from bitfront.profiling import Profile, Subject, profile
 from bitfront.progress import Lines, RichProgress
 from bitfront.searching import READING, open_pool
 from bitfront.serving import engine_of, subject_of
 from bitfront.sizes import show_seconds
 from cost_models.devices import LOCAL
-from cost_models.measured import PHASES
+from cost_models.memory import PHASES
 from engines.power import processor_counter
 from quantization.adapter import describe
 from quantization.checkpoints import load_config, resolve
@@ -31,26 +31,12 @@ def run(config: JobConfig, store: Store, address: str, as_json: bool) -> None:
     Raises:
         ConfigError: a device that isn't this machine.
     """
-    serving = config.serving
-    if serving.device != LOCAL:
+    if config.serving.device != LOCAL:
         raise ConfigError(
-            f"only this machine can be profiled, not '{serving.device}'; run this command there"
+            f"only this machine can be profiled, not '{config.serving.device}'; run this command there"
         )
     with errors.status(READING):
-        engine = engine_of(serving)
-        assert engine is not None
-        source = demo_model() if config.model == DEMO else config.model
-        checkpoint = resolve(source, config.revision, config.trust_remote_code)
-        engine.check(load_config(checkpoint))
-        layout = describe(checkpoint) if engine.fuses else describe(checkpoint).split()
-        choices = rules.choices(layout, config.menu, engine)
-        columns = tuple(menu(choices))
-        offered = np.array([[scheme in row for scheme in columns] for row in choices])
-        subject = subject_of(serving, engine, layout, columns, offered)
-    spec = SessionSpec(
-        checkpoint, layout, "rtn", tuple(tuple(s.name for s in row) for row in choices), "float32",
-        subject.place.threads, os.environ.get("BITFRONT_CACHE"), np.zeros((1, 2), np.int64), "",
-    )  # fmt: skip
+        subject, spec = prepared(config)
     with (
         (RichProgress if errors.is_terminal else Lines)(errors) as progress,
         open_pool(spec, address, 1) as pool,
@@ -62,6 +48,29 @@ def run(config: JobConfig, store: Store, address: str, as_json: bool) -> None:
         print_table(_table(found))
     for line in _remarks(found):
         errors.print(line, highlight=False)
+
+
+def prepared(config: JobConfig) -> tuple[Subject, SessionSpec]:
+    """What a configuration's model is timed with on this machine, and what a worker must know of it.
+
+    Raises:
+        BitfrontError: a model, engine or format that isn't there.
+    """
+    engine = engine_of(config.serving)
+    assert engine is not None
+    source = demo_model() if config.model == DEMO else config.model
+    checkpoint = resolve(source, config.revision, config.trust_remote_code)
+    engine.check(load_config(checkpoint))
+    layout = describe(checkpoint) if engine.fuses else describe(checkpoint).split()
+    choices = rules.choices(layout, config.menu, engine)
+    columns = tuple(menu(choices))
+    offered = np.array([[scheme in row for scheme in columns] for row in choices])
+    subject = subject_of(config.serving, engine, layout, columns, offered)
+    spec = SessionSpec(
+        checkpoint, layout, "rtn", tuple(tuple(s.name for s in row) for row in choices), "float32",
+        subject.place.threads, os.environ.get("BITFRONT_CACHE"), np.zeros((1, 2), np.int64), "",
+    )  # fmt: skip
+    return subject, spec
 
 
 def _document(found: Profile) -> dict[str, Any]:

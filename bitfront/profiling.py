@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitfront.progress import Progress
-from cost_models import measured
-from cost_models.measured import PHASES, Fit, Phase
-from cost_models.memory import Workload
+from cost_models import measured, weight_bytes
+from cost_models.measured import Fit
+from cost_models.memory import PHASES, Phase, Workload
 from engines.base import Cell, Engine, Exercise
-from quantization.errors import BitfrontError, EngineError, KernelError
+from quantization.errors import BitfrontError, EngineError, KernelError, WorkerDiedError
 from quantization.precision_map import map_hash
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
+from search.problem import Choice
 from store.database import Store
 from store.queries import key_of
 from store.tables import CellTime, MapTime
@@ -31,12 +32,12 @@ from workers.pool import Pool, Task
 CELLS, MAPS = "timing products", "timing whole maps"
 TOGETHER = 4
 """Products that a task times: few, since a kill loses what a task has not told."""
-ANCHORS = 9
+ANCHORS, SPREAD = 9, 0.25
+"""Maps to fit on, and how far their units' places between smallest and largest scheme lie apart."""
 MAP_WEIGHT = 4.0
 GENERATED = 96
 NOISY = 0.15
 """Of a median: a spread beyond it swamps the differences that a search would act on."""
-Choice = NDArray[np.intp]
 
 
 class NoTimesError(BitfrontError):
@@ -112,7 +113,7 @@ class Subject:
     def anchors(self) -> list[Choice]:
         """Maps to fit on, from the smallest to the largest: mixes, since it is mixes that are predicted."""
         generator = np.random.default_rng(0)
-        nbytes = self._bytes()
+        nbytes = weight_bytes.table(self.layout, self.menu, self.engine)
         order = np.argsort(np.where(self.offered, nbytes, np.inf), axis=1, kind="stable")
         counts = self.offered.sum(axis=1)
         rows = np.arange(len(order))
@@ -122,22 +123,6 @@ class Subject:
             drawn = np.clip(generator.normal(place, SPREAD, len(rows)), 0, 1)
             found.append(order[rows, np.round(drawn * (counts - 1)).astype(int)])
         return found
-
-    def _bytes(self) -> NDArray[np.float64]:
-        return np.array(
-            [
-                [
-                    sum(self.engine.nbytes(s, site.shape) for site in unit.stored) if on else np.inf
-                    for s, on in zip(self.menu, row, strict=True)
-                ]
-                for unit, row in zip(self.layout.units, self.offered, strict=True)
-            ],
-            dtype=np.float64,
-        )
-
-
-SPREAD = 0.25
-"""Of the places between smallest and largest scheme, within one anchor."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +284,7 @@ def _time_cells(
     failure, lasts = None, True
     try:
         found = _one(pool, Task("time_cells", {**arguments, "cells": list(cells)}))
-    except EngineError as error:
+    except (EngineError, WorkerDiedError) as error:  # a kernel may take its worker along
         if len(cells) > 1:
             return [t for cell in cells for t in _time_cells(subject, pool, [cell], usual_s)]
         found, failure, lasts = [None], str(error), isinstance(error, KernelError)

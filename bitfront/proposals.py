@@ -3,7 +3,6 @@
 from contextlib import suppress
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitfront.budgets import most_bytes
 from bitfront.plan import Plan
@@ -12,10 +11,8 @@ from cost_models import weight_bytes
 from search.controls import random_at, some_formats, uniform
 from search.errors import InfeasibleBudgetError
 from search.exact import solve, sweep
-from search.problem import Problem
+from search.problem import Choice, Problem
 from store.tables import Candidate
-
-Choice = NDArray[np.intp]
 
 
 def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candidate]:

@@ -10,7 +10,7 @@ from bitfront import latency
 from bitfront.console import print_json, print_table
 from bitfront.fronts import Constraints, Front, best_point, layout_of, load_front
 from bitfront.sizes import show_bytes, show_seconds
-from cost_models.memory import Workload, kv_cache_bytes, memory_bytes
+from cost_models.memory import PHASES, Workload, kv_cache_bytes, memory_bytes
 from quantization.errors import BitfrontError
 from store.database import Store
 from store.queries import find_job, list_jobs
@@ -58,7 +58,7 @@ def run_query(
     memory = memory_bytes(layout, point.weight_bytes, workload) + activations
     took = {
         phase: seconds
-        for phase in latency.PHASES
+        for phase in PHASES
         if (seconds := latency.seconds(front.job, point.map_hash, phase)) is not None
     }
     if as_json:

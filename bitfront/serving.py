@@ -15,14 +15,14 @@ from bitfront.config import ConfigError, ServingConfig
 from bitfront.profiling import Profile, Subject, profile
 from bitfront.progress import Progress
 from cost_models.devices import LOCAL, Device, load_device
-from cost_models.measured import PHASES, Phase
-from cost_models.memory import Workload
+from cost_models.memory import PHASES, Phase, Workload
 from cost_models.probing import core_limit, local_name
 from engines import Engine, load_engine
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.schemes import Scheme
 from quantization.units import Layout
 from search.errors import InfeasibleBudgetError
+from search.problem import Choice
 from store.database import Store
 from store.times import Place
 from workers.pool import Pool
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 MEASURED, ANALYTICAL = "measured", "analytical"
 NANOSECONDS = 1e9
-Choice = NDArray[np.intp]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from bitfront.profiling import Choice, time_maps
+from bitfront.profiling import time_maps
 from bitfront.proposals import choice_of, propose
 from bitfront.run import Run
 from bitfront.serving import Times, check_limits, limits_s, measured_times, resource, summary, timed
-from cost_models.measured import PHASES, Phase
-from search.problem import Problem
+from cost_models.memory import PHASES, Phase
+from search.problem import Choice, Problem
 from store.queries import update_job
 from store.tables import Candidate
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from cost_models import roofline
 from cost_models.devices import Device, DeviceError, Energy
 from cost_models.geometry import Geometry
-from cost_models.memory import FULL_CACHE_BITS, Workload
-from cost_models.operations import Operator, Phase, fixed, unit_operators
+from cost_models.memory import FULL_CACHE_BITS, Phase, Workload
+from cost_models.operations import Operator, fixed
 from quantization.schemes import Scheme
 from quantization.units import Layout
 
@@ -62,18 +62,8 @@ def table(
 
     A map's energy is its sum plus `fixed_j`.
     """
-    separate = engine in roofline.FUSES_NOTHING
-    spent = np.full((len(layout.units), len(menu)), np.inf)
-    for column, scheme in enumerate(menu):
-        arithmetic = roofline.choose_arithmetic(scheme, device, engine)
-        if arithmetic is None:
-            continue
-        for row, unit in enumerate(layout.units):
-            parts = unit_operators(
-                row, unit, scheme, geometry, workload, phase, arithmetic, separate
-            )
-            spent[row, column] = sum(joules(part, device) for part in parts)
-    return spent * workload.tensor_parallel
+    found = roofline.costs(layout, geometry, menu, device, workload, phase, engine, joules)
+    return found * workload.tensor_parallel
 
 
 def fixed_j(

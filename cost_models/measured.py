@@ -13,18 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.memory import Workload
+from cost_models.memory import PHASES, Phase, Workload
 from engines.base import Cell, Engine
 from quantization.schemes import Scheme
 from quantization.units import Layout, Unit
 
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
 COMMON_GAIN, OWN_GAIN = 0.5, 0.06
 """Prior deviations of what all kernels' gains share, and of each one's own."""
 NOISE, LEAST_NOISE, STEPS = 0.03, 0.003, 30

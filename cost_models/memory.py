@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
+from typing import Literal
 
 from cost_models.geometry import Geometry
 from quantization.errors import BitfrontError
@@ -10,6 +11,8 @@ from quantization.schemes import Scheme
 from quantization.units import Layout
 
 RESOURCE = "memory_bytes"
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 CACHE_ELEMENT_BYTES = 2  # bf16
 FULL_CACHE_BITS = 8 * CACHE_ELEMENT_BYTES
 ELEMENT_BYTES = 2  # activations and what isn't quantized: bf16

@@ -7,13 +7,14 @@ ranks are `fixed`. Seconds and joules are made of these in `roofline.py` and `en
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Literal, get_args
 
 from cost_models.devices import Arithmetic
 from cost_models.geometry import Geometry, LayerGeometry
 from cost_models.memory import (
     ELEMENT_BYTES,
     FULL_CACHE_BITS,
+    PHASES,
+    Phase,
     Workload,
     WorkloadError,
     cache_widths,
@@ -21,7 +22,6 @@ from cost_models.memory import (
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout, Site, Unit
 
-Phase = Literal["prefill", "decode"]
 UNPACK_OPS = {"gguf": 6.0, "table": 8.0, "mixture": 8.0, "dialect": 12.0}
 """Lane instructions to turn one stored weight into a 16-bit number, by format family. Counted, not
 measured: shift, mask, convert and multiply-add are the 4 of `UNPACK_OPS_PLAIN`; K-quants unpack
@@ -112,7 +112,7 @@ def fixed(
     cache_bits: float | Sequence[float] = FULL_CACHE_BITS,
 ) -> list[Operator]:
     """The operators that no unit's scheme decides; `cache_bits` for all attending layers or each."""
-    if phase not in get_args(Phase):
+    if phase not in PHASES:
         raise WorkloadError(f"unknown phase '{phase}'; phases are prefill and decode")
     tokens = workload.batch * (1 if phase == "decode" else workload.prompt)
     routed = any(unit.kind == "experts" for unit in layout.units)

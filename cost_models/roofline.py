@@ -11,23 +11,19 @@ separate resources: prefill is one pass over every prompt, decode is one token o
 What a unit's scheme decides is in `table`; the rest is `fixed_s`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.devices import Arithmetic, Device, DeviceError
 from cost_models.geometry import Geometry
-from cost_models.memory import FULL_CACHE_BITS, Workload, WorkloadError
-from cost_models.operations import Operator, Phase, fixed, unit_operators
+from cost_models.memory import FULL_CACHE_BITS, PHASES, Phase, Workload, WorkloadError
+from cost_models.operations import Operator, fixed, unit_operators
+from engines import ENGINES, load_engine
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
-
-RESOURCES = ("prefill_s", "decode_s")
-FUSES_NOTHING = frozenset({"llama.cpp"})
-"""Engines that multiply by every matrix by itself, so that a fused unit takes several launches."""
 
 
 def operators(
@@ -59,7 +55,7 @@ def operators(
                 f"'{unit.name}' is to have; choose another scheme or engine"
             )
         found += unit_operators(
-            index, unit, scheme, geometry, workload, phase, arithmetic, engine in FUSES_NOTHING
+            index, unit, scheme, geometry, workload, phase, arithmetic, _separate(engine)
         )
     return found
 
@@ -114,19 +110,32 @@ def table(
         WorkloadError: an unknown phase, or more ranks than the device's link joins.
         DeviceError: the device lacks a number.
     """
+    return costs(layout, geometry, menu, device, workload, phase, engine, seconds)
+
+
+def costs(
+    layout: Layout,
+    geometry: Geometry,
+    menu: Sequence[Scheme],
+    device: Device,
+    workload: Workload,
+    phase: Phase,
+    engine: str | None,
+    cost: Callable[[Operator, Device], float],
+) -> NDArray[np.float64]:
+    """Units x schemes, the sum of what operators cost by some measure; see `table`."""
     _check(device, workload, phase)
-    separate = engine in FUSES_NOTHING
-    times = np.full((len(layout.units), len(menu)), np.inf)
+    found = np.full((len(layout.units), len(menu)), np.inf)
     for column, scheme in enumerate(menu):
         arithmetic = choose_arithmetic(scheme, device, engine)
         if arithmetic is None:
             continue
         for row, unit in enumerate(layout.units):
             parts = unit_operators(
-                row, unit, scheme, geometry, workload, phase, arithmetic, separate
+                row, unit, scheme, geometry, workload, phase, arithmetic, _separate(engine)
             )
-            times[row, column] = sum(seconds(part, device) for part in parts)
-    return times
+            found[row, column] = sum(cost(part, device) for part in parts)
+    return found
 
 
 def fixed_s(
@@ -156,6 +165,14 @@ def choose_arithmetic(
     return "bf16"
 
 
+def _separate(engine: str | None) -> bool:
+    """Whether an engine multiplies by every matrix by itself, so that a unit takes several launches.
+
+    Those of the catalogue that we don't run serve fused matrices.
+    """
+    return engine is not None and engine in ENGINES and not load_engine(engine).fuses
+
+
 def _rounding(operator: Operator, device: Device) -> float:
     """How much more than its operations a product computes: whole tiles, in whole waves.
 
@@ -176,7 +193,7 @@ def _rounding(operator: Operator, device: Device) -> float:
 
 
 def _check(device: Device, workload: Workload, phase: Phase) -> None:
-    if phase not in get_args(Phase):
+    if phase not in PHASES:
         raise WorkloadError(f"unknown phase '{phase}'; phases are prefill and decode")
     ranks = workload.tensor_parallel
     if device.link is not None and ranks > device.link.ranks:

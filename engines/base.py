@@ -75,7 +75,6 @@ class Timing:
 
     median_s: float
     spread_s: float
-    repeats: int
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from quantization.registry import Registry
 GUESSED = 1024  # llama.cpp's file type of mixes that have no name
 F32 = "f32"
 ROPE_FREQUENCIES = "rope_freqs.weight"
+ROTARY = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,23 @@ class Stored:
         return int(np.prod(self.shape[:-1], dtype=np.int64)) * row
 
 
+def family_of(config: Any) -> Family:
+    """What a model is to llama.cpp, by its transformers configuration.
+
+    Raises:
+        UnknownNameError: a kind of model that isn't written, with the nearest.
+        ExportError: a rotary embedding that isn't.
+    """
+    family = FAMILIES[config.model_type]
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in ROTARY:
+        raise ExportError(
+            f"the model's rotary embedding is scaled by '{kind}', which GGUF files from here don't "
+            f"know; they know {', '.join(ROTARY)}"
+        )
+    return family
+
+
 def write_gguf(
     path: Path, checkpoint: Checkpoint, tensors: Sequence[Stored], *, vocabulary: bool = True
 ) -> None:
@@ -84,7 +102,7 @@ def write_gguf(
         OSError: the disk refuses.
     """
     config = load_config(checkpoint)
-    family = FAMILIES[config.model_type]
+    family = family_of(config)
     writer = gguf.GGUFWriter(path, family.name)
     _add_model(writer, config, checkpoint)
     embedding = next(t for t in tensors if t.parameter.endswith("embed_tokens.weight"))
@@ -149,15 +167,9 @@ def _add_model(writer: gguf.GGUFWriter, config: Any, checkpoint: Checkpoint) -> 
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_vocab_size(config.vocab_size)
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
+    if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind not in ("default", "llama3"):
-        raise ExportError(
-            f"the model's rotary embedding is scaled by '{kind}', which exports to GGUF don't "
-            "write; they know default, linear and llama3"
-        )
 
 
 def rope_divisors(config: Any) -> NDArray[np.float32]:

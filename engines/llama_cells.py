@@ -8,7 +8,6 @@ for a while slows both.
 """
 
 import ctypes
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from engines.base import Cell, Timing
 from engines.llama_library import llama
 from engines.llama_runs import noise
+from engines.turns import seconds_of, timing_beside, usual_of
 from quantization.errors import EngineError, KernelError
 from quantization.formats.gguf import TYPES
 
@@ -27,7 +27,6 @@ F32, CPU = 0, 0
 WORKING_SET_BYTES = 96 * 2**20  # more than second-level caches; a small model's weights
 MOST_COPIES = 512
 MOST_OPERATIONS = 4e9  # of one pass; a long prompt keeps its weight in the caches anyway
-REPEATS, LEAST_S = 5, 0.02
 BUFFER_OFFSET = 8  # of ggml_tensor.buffer
 c_void, c_long = ctypes.c_void_p, ctypes.c_int64
 
@@ -84,26 +83,13 @@ def time_products(
         EngineError: no llama.cpp, or no memory for a cell.
     """
     with _products(beside, threads) as reference:
-        usual = usual_s or float(np.median(_seconds(reference, REPEATS)))
+        usual = usual_s or usual_of(reference.seconds)
         return [_timing(cell, threads, reference, usual) for cell in cells]
 
 
 def _timing(cell: Cell, threads: int, reference: "_Graph", usual_s: float) -> Timing:
     with _products(cell, threads) as graph:
-        graph.run()  # the first finds pages missing
-        ratios: list[float] = []
-        while len(ratios) < REPEATS:
-            before, own, after = reference.seconds(), graph.seconds(), reference.seconds()
-            ratios.append(2 * own / (before + after))
-    seconds = np.array(ratios) * usual_s
-    median = float(np.median(seconds))
-    low, high = np.percentile(seconds, [25, 75])
-    return Timing(median, float(high - low) / 2, len(ratios))
-
-
-def _seconds(graph: "_Graph", repeats: int) -> list[float]:
-    graph.run()
-    return [graph.seconds() for _ in range(repeats)]
+        return timing_beside(graph.seconds, reference.seconds, usual_s)
 
 
 @dataclass
@@ -119,12 +105,8 @@ class _Graph:
             raise EngineError(f"ggml could not compute a product (status {status})")
 
     def seconds(self) -> float:
-        """Seconds of one product, from as many passes as make a measurable time."""
-        passes, start = 0, time.perf_counter()
-        while passes == 0 or time.perf_counter() - start < LEAST_S:
-            self.run()
-            passes += 1
-        return (time.perf_counter() - start) / (passes * self.copies)
+        """Seconds of one product."""
+        return seconds_of(self.run) / self.copies
 
 
 @contextmanager
@@ -150,7 +132,9 @@ def _products(cell: Cell, threads: int) -> Iterator[_Graph]:
         for context, kind in ((weights, _buffer_type(number, columns, rows)), (rest, None)):
             _allocate(stack, context, kind or ggml.ggml_backend_cpu_buffer_type(), cell)
         _fill(cell, matrices, inputs)
-        yield _Graph(backend, graph, copies)
+        found = _Graph(backend, graph, copies)
+        found.run()  # the first finds pages missing
+        yield found
 
 
 def _copies(cell: Cell) -> int:

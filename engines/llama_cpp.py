@@ -38,9 +38,9 @@ class LlamaCpp(Engine):
 
     def check(self, config: Any) -> None:
         """See `Engine.check`."""
-        from engines.gguf_file import FAMILIES
+        from engines.gguf_file import family_of
 
-        FAMILIES[config.model_type]
+        family_of(config)
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Engine.refusal`."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantization.errors import EngineError
-from quantization.formats.gguf import library
+from quantization.formats.gguf import ggml
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -87,7 +87,7 @@ def llama() -> ctypes.CDLL:
     Raises:
         EngineError: it isn't installed, or its structures aren't those declared here.
     """
-    found = library()
+    found = ggml()
     types: dict[str, tuple[Any, list[Any]]] = {
         "llama_model_default_params": (_ModelParams, []),
         "llama_context_default_params": (_ContextParams, []),

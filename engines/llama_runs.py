@@ -19,6 +19,7 @@ from engines.base import Exercise, Run
 from engines.gguf_file import F32, Stored, write_gguf
 from engines.llama_library import LlamaModel, llama
 from engines.power import processor_counter
+from engines.turns import joules_of
 from quantization.checkpoints import Checkpoint
 from quantization.formats.gguf import TYPES
 from quantization.units import Layout
@@ -93,7 +94,13 @@ def time_beside(
         own, beside = _prompts(model, usual, exercise.prompt)
         state = _cache(usual, checkpoint.weights_hash, exercise.past)
         own_tokens, beside_tokens = _tokens(model, usual, state, exercise.generated)
-        joules = _joules(model, state, exercise)
+        joules = joules_of(
+            processor_counter()[0],
+            lambda: model.prefill_s(exercise.prompt),
+            lambda: model.restore(state),
+            model.step_s,
+            exercise.generated,
+        )
     return Run(own, own_tokens, *joules), Run(beside, beside_tokens)
 
 
@@ -118,23 +125,6 @@ def _tokens(
         one.restore(state)
     pairs = [(model.step_s(), usual.step_s()) for _ in range(WARM_UP + count)][WARM_UP:]
     return tuple(own for own, _ in pairs), tuple(beside for _, beside in pairs)
-
-
-def _joules(
-    model: LlamaModel, state: NDArray[np.uint8], exercise: Exercise
-) -> tuple[float | None, float | None]:
-    """Of a prompt and of a token, with nobody in turns; None where there is no counter."""
-    counter, _ = processor_counter()
-    if counter is None:
-        return None, None
-    before = counter.read_j()
-    model.prefill_s(exercise.prompt)
-    prompt = counter.read_j() - before
-    model.restore(state)
-    before = counter.read_j()
-    for _ in range(exercise.generated):
-        model.step_s()
-    return prompt, (counter.read_j() - before) / exercise.generated
 
 
 _caches: dict[tuple[str, int], NDArray[np.uint8]] = {}

@@ -11,12 +11,12 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engines.base import Cell, Engine, Exercise, Run, Timing
 from engines.power import gpu_counter, processor_counter
+from engines.turns import joules_of, seconds_of, timing_beside, usual_of
 from evaluation.arithmetic import choose_dtype, default_device
 from quantization.checkpoints import Checkpoint, load_model
 from quantization.errors import KernelError
@@ -28,7 +28,7 @@ from quantization.units import Layout, Site
 
 WORKING_SET_BYTES = {"cpu": 96 * 2**20, "cuda": 2**28}  # more than last-level caches hold
 MOST_COPIES, MOST_OPERATIONS = 256, 2e10
-REPEATS, LEAST_S, PROMPTS, WARM_UP = 5, 0.02, 3, 3
+PROMPTS, WARM_UP = 3, 3
 REVISION = 1
 """Of the kernels: raised when their speed changes."""
 ROWS = 256
@@ -76,8 +76,11 @@ class TorchKernels(Engine):
         device = default_device()
         with _threads(threads), torch.inference_mode():
             reference = _Products(self.reference_cell, device)
-            usual = usual_s or float(np.median([reference.seconds() for _ in range(REPEATS)]))
-            return [_timing(_Products(cell, device), reference, usual) for cell in cells]
+            usual = usual_s or usual_of(reference.seconds)
+            return [
+                timing_beside(_Products(cell, device).seconds, reference.seconds, usual)
+                for cell in cells
+            ]
 
     def time_map(
         self,
@@ -95,7 +98,13 @@ class TorchKernels(Engine):
                 model.start(exercise.past)
             count = WARM_UP + exercise.generated
             tokens = [[model.step_s() for model in both] for _ in range(count)]
-            joules = _joules(both[0], exercise)
+            joules = joules_of(
+                (gpu_counter if self.accelerated else processor_counter)()[0],
+                lambda: both[0].prefill_s(exercise.prompt),
+                lambda: both[0].start(exercise.past),
+                both[0].step_s,
+                exercise.generated,
+            )
         own, beside = (
             Run(tuple(p[i] for p in prompts[1:]), tuple(t[i] for t in tokens[WARM_UP:]), *found)
             for i, found in ((0, joules), (1, (None, None)))
@@ -122,11 +131,7 @@ class _Products:
 
     def seconds(self) -> float:
         """Of one product."""
-        passes, start = 0, time.perf_counter()
-        while passes == 0 or time.perf_counter() - start < LEAST_S:
-            self._once()
-            passes += 1
-        return (time.perf_counter() - start) / (passes * len(self._weights))
+        return seconds_of(self._once) / len(self._weights)
 
     def _once(self) -> None:
         if self._graph is None:
@@ -189,32 +194,6 @@ class _Model:
         weight = PackedWeight(_copy(_noise(format, site.shape), self._device), _dtype())
         parameter = nn.Parameter(weight, requires_grad=False)
         self._module.get_submodule(path)._parameters[name] = parameter
-
-
-def _joules(model: _Model, exercise: Exercise) -> tuple[float | None, float | None]:
-    """Of a prompt and of a token; None where nothing counts them."""
-    find = gpu_counter if default_device().type == "cuda" else processor_counter
-    counter, _ = find()
-    if counter is None:
-        return None, None
-    before = counter.read_j()
-    model.start(exercise.prompt)
-    prompt = counter.read_j() - before
-    model.start(exercise.past)
-    before = counter.read_j()
-    for _ in range(exercise.generated):
-        model.step_s()
-    return prompt, (counter.read_j() - before) / exercise.generated
-
-
-def _timing(cell: _Products, reference: _Products, usual_s: float) -> Timing:
-    ratios = []
-    for _ in range(REPEATS):
-        before, own, after = reference.seconds(), cell.seconds(), reference.seconds()
-        ratios.append(2 * own / (before + after))
-    seconds = np.array(ratios) * usual_s
-    low, high = np.percentile(seconds, [25, 75])
-    return Timing(float(np.median(seconds)), float(high - low) / 2, len(ratios))
 
 
 def _product(inputs: Tensor, weight: Packed) -> Tensor:

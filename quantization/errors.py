@@ -37,6 +37,10 @@ class WorkerError(BitfrontError):
     """A task that lost its worker more often than chance explains."""
 
 
+class WorkerDiedError(WorkerError):
+    """A task whose worker died each time that it was tried."""
+
+
 class EngineError(BitfrontError):
     """An engine that isn't installed, refuses a file, or has no memory for it."""
 

@@ -4,15 +4,25 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from store.database import Store
 from store.errors import NotFoundError
-from store.tables import Candidate, Job, Measurement, Model, SensitivityShare, now
+from store.tables import (
+    Candidate,
+    CellTime,
+    Job,
+    MapTime,
+    Measurement,
+    Model,
+    SensitivityShare,
+    now,
+)
 
+Keyed = TypeVar("Keyed", Measurement, CellTime, MapTime)
 KEYS_A_QUERY = 500  # SQLite allows 999 variables in a statement
 
 
@@ -146,11 +156,16 @@ def save_measurement(store: Store, measurement: Measurement) -> None:
 
 def measurements(store: Store, keys: Sequence[str]) -> dict[str, Measurement]:
     """Those of the keys that are in the store."""
-    found: dict[str, Measurement] = {}
+    return rows_of(store, Measurement, keys)
+
+
+def rows_of(store: Store, table: type[Keyed], keys: Sequence[str]) -> dict[str, Keyed]:
+    """The rows of a table that have one of the keys, by key."""
+    found: dict[str, Keyed] = {}
     with store.session() as session:
         for start in range(0, len(keys), KEYS_A_QUERY):
             part = keys[start : start + KEYS_A_QUERY]
-            for row in session.scalars(select(Measurement).where(Measurement.key.in_(part))):
+            for row in session.scalars(select(table).where(table.key.in_(part))):
                 found[row.key] = row
     return found
 

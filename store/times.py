@@ -2,15 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from sqlalchemy import select
 
 from store.database import Store
-from store.queries import KEYS_A_QUERY, key_of
+from store.queries import key_of, rows_of
 from store.tables import CellTime, MapTime
-
-Row = TypeVar("Row", CellTime, MapTime)
 
 
 @dataclass(frozen=True)
@@ -36,38 +31,15 @@ class Place:
 
 def cell_times(store: Store, keys: Sequence[str]) -> dict[str, CellTime]:
     """Those of the keys that are in the store."""
-    return _rows(store, CellTime, keys)
+    return rows_of(store, CellTime, keys)
 
 
 def map_times(store: Store, keys: Sequence[str]) -> dict[str, MapTime]:
     """Those of the keys that are in the store."""
-    return _rows(store, MapTime, keys)
+    return rows_of(store, MapTime, keys)
 
 
 def save_time(store: Store, row: CellTime | MapTime) -> None:
     """Keep a time; a later one of the same key replaces it."""
     with store.session() as session:
         session.merge(row)
-
-
-def cells_at(store: Store, place: Place) -> list[CellTime]:
-    """All products that were timed at a place."""
-    with store.session() as session:
-        query = select(CellTime).filter_by(**_columns(place)).order_by(
-            CellTime.batch, CellTime.rows, CellTime.columns, CellTime.kernel
-        )  # fmt: skip
-        return list(session.scalars(query))
-
-
-def _columns(place: Place) -> dict[str, Any]:
-    return dict(vars(place))
-
-
-def _rows(store: Store, table: type[Row], keys: Sequence[str]) -> dict[str, Row]:
-    found: dict[str, Row] = {}
-    with store.session() as session:
-        for start in range(0, len(keys), KEYS_A_QUERY):
-            part = keys[start : start + KEYS_A_QUERY]
-            for row in session.scalars(select(table).where(table.key.in_(part))):
-                found[row.key] = row
-    return found

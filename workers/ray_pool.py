@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from quantization.errors import BitfrontError, WorkerError
+from quantization.errors import BitfrontError, WorkerDiedError, WorkerError
 from workers.pool import Outcome, Pool, Task, call
 from workers.session import Session, SessionSpec
 
@@ -142,7 +142,7 @@ class RayPool(Pool):
             self._queue.appendleft((task, attempt + 1))
         self._dispatch()
         if attempt >= ATTEMPTS:
-            raise WorkerError(
+            raise WorkerDiedError(
                 f"a worker died {ATTEMPTS} times in '{task.method}' "
                 f"({_line(failure)}); what was measured is kept: "
                 "try fewer workers (--workers), it may be out of memory"

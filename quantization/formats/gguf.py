@@ -151,7 +151,7 @@ class GGUFFormat(Format):
         codes = torch.empty(*leading, rows, TYPES[type].row_bytes(columns), dtype=torch.uint8)
         source, target = weight.reshape(-1, rows, columns), codes.view(-1, rows, codes.shape[-1])
         imatrix = _imatrix(type, weight.shape, statistics.importance)
-        quantize = partial(library().ggml_quantize_chunk, TYPES[type].number)
+        quantize = partial(ggml().ggml_quantize_chunk, TYPES[type].number)
 
         def encode(matrix: int, part: slice) -> None:
             block = source[matrix, part].to("cpu", torch.float32).contiguous()
@@ -238,7 +238,7 @@ def _each_part(shape: tuple[int, ...], work: Callable[[int, slice], None]) -> No
 
 
 @cache
-def library() -> ctypes.CDLL:
+def ggml() -> ctypes.CDLL:
     """The shared library with ggml in it, loaded without its Python module.
 
     Raises:
@@ -264,7 +264,7 @@ def library() -> ctypes.CDLL:
 def _dequantizer(type: str) -> Callable[[int, int, int], None]:
     """The reader of a type: source, float32 destination, number of values."""
     name = "ggml_fp16_to_fp32_row" if type == LAST_RESORT else f"dequantize_row_{type}"
-    function = library()[name]  # a new object each time: its types are set below
+    function = ggml()[name]  # a new object each time: its types are set below
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     function.restype = None
     return function

@@ -24,11 +24,12 @@ from engines import ENGINES
 from engines.base import Run, Timing
 from engines.llama_cpp import LlamaCpp
 from quantization.checkpoints import load_config
+from quantization.errors import WorkerDiedError
 from quantization.formats.gguf import TYPES
 from search.errors import InfeasibleBudgetError
 from store.database import Store
 from store.queries import candidates_of, find_job
-from store.times import cells_at
+from store.times import cell_times
 from tests.bitfront.test_pipeline import CountingPool, small_config
 from workers.pool import InProcessPool
 
@@ -78,9 +79,9 @@ def test_a_profile_times_nothing_twice(done, store):
     known = profile(subject(plan), store, CountingPool(spec_of(plan, None)), Silent())
     assert CountingPool.methods == []
     assert known.failed == []
-    rows = cells_at(store, subject(plan).place)
+    rows = cell_times(store, [subject(plan).cell_key(c) for c in subject(plan).cells]).values()
     assert {(r.rows, r.columns, r.kernel, r.batch) for r in rows} == {
-        (*c.shape, c.kernel, c.batch) for c in (*subject(plan).cells, plan.engine.reference_cell)
+        (*c.shape, c.kernel, c.batch) for c in subject(plan).cells
     }
 
 
@@ -121,7 +122,7 @@ class Clockwork(LlamaCpp):
 
     def time_cells(self, cells, threads, usual_s):
         seconds = [1e-9 * cell.batch * _nbytes(cell.kernel, cell.shape) for cell in cells]
-        return [Timing(s, 0.0, 5) for s in seconds]
+        return [Timing(s, 0.0) for s in seconds]
 
     def time_map(self, checkpoint, layout, schemes, reference, exercise):
         def run(maps):
@@ -229,6 +230,27 @@ def test_a_kernel_that_cant_run_is_marked_and_left_out(done, tmp_path, monkeypat
     )
     assert not problem.offered[rows, column].any()  # a time that nobody knows isn't free
     assert problem.offered[plan.offered].sum() == plan.offered.sum() - rows.sum()
+
+
+class Crashing(InProcessPool):
+    """Loses its worker to one kernel, every time."""
+
+    def next(self):
+        for cell in self._queue[0].arguments.get("cells", ()):
+            if cell.kernel == "q5_1":
+                self._queue.popleft()
+                raise WorkerDiedError("a worker died 3 times in 'time_cells'")
+        return super().next()
+
+
+def test_a_kernel_that_crashes_is_left_out_and_tried_again_later(done, tmp_path):
+    """The others are timed; the crash may have been the machine's, so it isn't kept."""
+    plan, _ = done
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    known = profile(subject(plan), store, Crashing(spec_of(plan, None)), Silent())
+    assert {row.kernel for row in known.failed} == {"q5_1"}
+    kept = cell_times(store, [row.key for row in known.cells.values()])
+    assert set(kept) == {row.key for row in known.cells.values() if row.kernel != "q5_1"}
 
 
 def test_a_catalogued_device_is_analytical_and_says_so(folder, store):

@@ -129,6 +129,13 @@ def test_models_that_gguf_files_dont_know_are_refused(make_bank, tmp_path):
         load_engine("llama.cpp").check(load_config(bank.checkpoint))
 
 
+def test_rotary_embeddings_that_arent_written_are_refused_first():
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}
+    config = transformers.LlamaConfig(rope_parameters=rope)
+    with pytest.raises(ExportError, match="scaled by 'yarn'.*default, linear, llama3"):
+        load_engine("llama.cpp").check(config)
+
+
 def test_rules():
     engine, site = load_engine("llama.cpp"), Site("q", "q.weight", (64, 96))
     assert engine.refusal(site, Scheme("gguf-q4_K")) is None

@@ -40,7 +40,7 @@ def quantize(type, weight, statistics):
 
 def by_ggml(type, weight, importance):
     """What ggml_quantize_chunk writes, called here without any of the format's code."""
-    library = formats.library()
+    library = formats.ggml()
     weight = np.ascontiguousarray(weight.numpy(), np.float32)
     number = gguf.GGMLQuantizationType[type.upper()]
     block, size = gguf.GGML_QUANT_SIZES[number]
@@ -59,7 +59,7 @@ def test_the_table_is_ggmls(type):
     kind = TYPES[type]
     assert (kind.columns, kind.block_bytes) == gguf.GGML_QUANT_SIZES[number]
     assert kind.number == number
-    library = formats.library()
+    library = formats.ggml()
     library.ggml_type_name.restype = ctypes.c_char_p
     library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     assert library.ggml_type_name(kind.number).decode() == type
@@ -258,12 +258,12 @@ def test_packed_bytes_are_what_a_gguf_file_holds(type, columns, tmp_path):
 
 def test_bytes_are_counted_and_formats_sent_without_the_library(monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
-    formats.library.cache_clear()
+    formats.ggml.cache_clear()
     format = pickle.loads(pickle.dumps(FORMATS["gguf-q4_K"]))
     assert format.bits_per_weight((8, 512)) == 4.5
     assert format.bits_per_weight((8, 576)) == 5.5
     with pytest.raises(QuantizationError, match=r"pip install 'bitfront\[llama\]'"):
         quantize("q4_K", random(2, 256), SiteStatistics())
     monkeypatch.undo()
-    formats.library.cache_clear()
+    formats.ggml.cache_clear()
     quantize("q4_K", random(2, 256), SiteStatistics())

@@ -1,0 +1,71 @@
+"""Timing in turns: what slows the machine for a while slows what is timed and its reference alike."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from engines.base import Timing
+from engines.power import Counter
+
+REPEATS, LEAST_S = 5, 0.02
+Seconds = Callable[[], float]
+"""Runs something once and tells how long it took."""
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of one run, from as many as make a measurable time."""
+    runs, start = 0, time.perf_counter()
+    while runs == 0 or time.perf_counter() - start < LEAST_S:
+        run()
+        runs += 1
+    return (time.perf_counter() - start) / runs
+
+
+def usual_of(reference: Seconds) -> float:
+    """What a reference takes now."""
+    return float(np.median([reference() for _ in range(REPEATS)]))
+
+
+def timing_beside(own: Seconds, reference: Seconds, usual_s: float) -> Timing:
+    """The time of something, the reference timed before and after each repeat of it.
+
+    Args:
+        own: what is timed.
+        reference: what takes turns with it.
+        usual_s: what the reference usually takes, in whose terms the time is told.
+    """
+    ratios = []
+    for _ in range(REPEATS):
+        before, taken, after = reference(), own(), reference()
+        ratios.append(2 * taken / (before + after))
+    low, median, high = np.percentile(np.array(ratios) * usual_s, [25, 50, 75])
+    return Timing(float(median), float(high - low) / 2)
+
+
+def joules_of(
+    counter: Counter | None,
+    prompt: Callable[[], object],
+    start: Callable[[], object],
+    step: Callable[[], object],
+    steps: int,
+) -> tuple[float | None, float | None]:
+    """Joules of a prompt and of a token, with nobody in turns; None without a counter.
+
+    Args:
+        counter: of the chip that runs them.
+        prompt: processes one.
+        start: prepares for tokens.
+        step: generates one.
+        steps: how many tokens.
+    """
+    if counter is None:
+        return None, None
+    before = counter.read_j()
+    prompt()
+    spent = counter.read_j() - before
+    start()
+    before = counter.read_j()
+    for _ in range(steps):
+        step()
+    return spent, (counter.read_j() - before) / steps

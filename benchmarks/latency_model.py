@@ -1,10 +1,10 @@
-"""How well llama.cpp's speed on this machine is predicted, for mixes that the model never saw.
+"""How well an engine's speed on this machine is predicted, for mixes that the model never saw.
 
 Products are timed, a dozen mixes are run to fit the model, and then others, stratified over the
 whole range of sizes, are run end to end twice. Beside the model's error stand those of a constant
 and of a line through the bytes, fitted on the same mixes.
 
-    python benchmarks/latency_model.py [--model demo] [--mixes 32] [--json] [--store URL]
+    python benchmarks/latency_model.py [--model demo] [--engine torch] [--mixes 32] [--json]
 """
 
 import argparse
@@ -27,10 +27,13 @@ from search.problem import Choice
 from store.database import Store
 from workers.pool import InProcessPool
 
-MENU = (
-    "gguf-q2_K", "gguf-q3_K", "gguf-q4_0", "gguf-iq4_nl", "gguf-mxfp4", "gguf-q4_K", "gguf-q5_0",
-    "gguf-q5_1", "gguf-q5_K", "gguf-q6_K", "gguf-q8_0", "bf16",
-)  # fmt: skip
+MENUS = {
+    "llama.cpp": (
+        "gguf-q2_K", "gguf-q3_K", "gguf-q4_0", "gguf-iq4_nl", "gguf-mxfp4", "gguf-q4_K",
+        "gguf-q5_0", "gguf-q5_1", "gguf-q5_K", "gguf-q6_K", "gguf-q8_0", "bf16",
+    ),
+    "torch": ("int3-g64", "int4-g64", "int8-channel", "fp8-e4m3", "bf16"),
+}  # fmt: skip
 SEED, WIDTH = 20261125, 0.3
 
 
@@ -69,6 +72,7 @@ class Mixes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEMO)
+    parser.add_argument("--engine", choices=MENUS, default="llama.cpp")
     parser.add_argument("--mixes", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--context", type=int, default=256)
@@ -88,7 +92,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, store: Store) -> dict[str, object]:
     overrides = {
-        "menu": {"schemes": list(MENU)}, "serving.engine": "llama.cpp",
+        "menu": {"schemes": list(MENUS[arguments.engine])}, "serving.engine": arguments.engine,
         "serving.prompt": arguments.prompt, "serving.context": arguments.context,
         "serving.threads": arguments.threads,
     }  # fmt: skip
@@ -105,6 +109,7 @@ def run(arguments: argparse.Namespace, store: Store) -> dict[str, object]:
         second = time_maps(again, store, pool, progress, tested)
     return {
         "engine": subject.engine.name,
+        "device": subject.place.device,
         "mixes": len(tested),
         **_judged(known, mixes, tested, first, second),
     }

@@ -1,12 +1,12 @@
 """Our own kernels under PyTorch: transformers' model whose weights are packed.
 
-It serves every format, the ones without a kernel by dequantizing first; GPUs are timed by events,
-their launches in one CUDA graph where the kernels allow it.
+It serves every format, the ones without a kernel by dequantizing first. On GPUs the work is in
+CUDA graphs and timed by events.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Cell, Engine, Exercise, Run, Timing
+from engines.cuda_graphs import Captured, GraphModel
 from engines.power import gpu_counter, processor_counter
-from engines.turns import joules_of, seconds_of, timing_beside, usual_of
+from engines.turns import LEAST_S, joules_of, seconds_of, timing_beside, usual_of
 from evaluation.arithmetic import choose_dtype, default_device
 from quantization.checkpoints import Checkpoint, load_model
 from quantization.errors import KernelError
@@ -29,7 +30,9 @@ from quantization.units import Layout, Site
 WORKING_SET_BYTES = {"cpu": 96 * 2**20, "cuda": 2**28}  # more than last-level caches hold
 MOST_COPIES, MOST_OPERATIONS = 256, 2e10
 PROMPTS, WARM_UP = 3, 3
-REVISION = 1
+GPU_JOULES_S = 1.0
+"""A GPU's counter is renewed a few times a second."""
+REVISION = 2
 """Of the kernels: raised when their speed changes."""
 ROWS = 256
 
@@ -91,19 +94,22 @@ class TorchKernels(Engine):
         exercise: Exercise,
     ) -> tuple[Run, Run]:
         """See `Engine.time_map`."""
+        counter = (gpu_counter if self.accelerated else processor_counter)()[0]
         with _threads(exercise.threads), torch.inference_mode():
-            both = [_Model(checkpoint, layout, found) for found in (schemes, reference)]
+            modules = [_packed(checkpoint, layout, found) for found in (schemes, reference)]
+            both = [GraphModel(m) if self.accelerated else _Model(m) for m in modules]
             prompts = [[m.prefill_s(exercise.prompt) for m in both] for _ in range(1 + PROMPTS)]
             for model in both:
                 model.start(exercise.past)
             count = WARM_UP + exercise.generated
             tokens = [[model.step_s() for model in both] for _ in range(count)]
             joules = joules_of(
-                (gpu_counter if self.accelerated else processor_counter)()[0],
-                lambda: both[0].prefill_s(exercise.prompt),
+                counter,
+                lambda: both[0].prefill(exercise.prompt),
                 lambda: both[0].start(exercise.past),
-                both[0].step_s,
+                both[0].step,
                 exercise.generated,
+                GPU_JOULES_S if self.accelerated else 0.0,
             )
         own, beside = (
             Run(tuple(p[i] for p in prompts[1:]), tuple(t[i] for t in tokens[WARM_UP:]), *found)
@@ -127,43 +133,24 @@ class _Products:
         self._weights = [_copy(packed, device) for _ in range(max(1, most))]
         self._inputs = torch.randn(cell.batch, columns).to(device, _dtype())
         self._run()
-        self._graph = self._captured() if device.type == "cuda" else None
+        self._graph = Captured(self._run) if device.type == "cuda" else None
 
     def seconds(self) -> float:
         """Of one product."""
-        return seconds_of(self._once) / len(self._weights)
-
-    def _once(self) -> None:
-        if self._graph is None:
-            self._run()
-        else:
-            self._graph.replay()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        graph = self._graph
+        taken = graph.seconds(LEAST_S) if graph is not None else seconds_of(self._run)
+        return taken / len(self._weights)
 
     def _run(self) -> None:
         for weight in self._weights:
             _product(self._inputs, weight)
 
-    def _captured(self) -> Any:
-        """A CUDA graph of all of them; None where a kernel can't be captured."""
-        graph = torch.cuda.CUDAGraph()
-        with suppress(RuntimeError), torch.cuda.graph(graph):
-            self._run()
-            return graph
-        return None
-
 
 class _Model:
-    """A model with packed weights, and what it has seen."""
+    """A model on the processor, and what it has seen."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, schemes: Sequence[Scheme]) -> None:
-        self._device = default_device()
-        self._module = load_model(checkpoint, _dtype()).to(self._device)
-        for unit, scheme in zip(layout.units, schemes, strict=True):
-            for site in unit.stored:
-                if scheme.weight != FULL_PRECISION and unit.kind in ("linear", "head"):
-                    self._pack(site, scheme.weight)
+    def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
         self._cache: Any = None
 
     def prefill_s(self, tokens: int) -> float:
@@ -179,21 +166,30 @@ class _Model:
         """Seconds of one more token."""
         return self._forward_s(torch.tensor([10]))
 
+    prefill, step = prefill_s, step_s
+
     def _forward_s(self, ids: Tensor) -> float:
-        ids, start = ids.to(self._device)[None], time.perf_counter()
+        start = time.perf_counter()
         found = self._module(
-            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            input_ids=ids[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         self._cache = found.past_key_values
         return time.perf_counter() - start
 
-    def _pack(self, site: Site, format: str) -> None:
-        path, _, name = site.parameter.rpartition(".")
-        weight = PackedWeight(_copy(_noise(format, site.shape), self._device), _dtype())
-        parameter = nn.Parameter(weight, requires_grad=False)
-        self._module.get_submodule(path)._parameters[name] = parameter
+
+def _packed(checkpoint: Checkpoint, layout: Layout, schemes: Sequence[Scheme]) -> nn.Module:
+    """The model with packed weights, on the default device."""
+    device = default_device()
+    module: nn.Module = load_model(checkpoint, _dtype()).to(device)
+    for unit, scheme in zip(layout.units, schemes, strict=True):
+        if scheme.weight == FULL_PRECISION or unit.kind not in ("linear", "head"):
+            continue
+        for site in unit.stored:
+            path, _, name = site.parameter.rpartition(".")
+            weight = PackedWeight(_copy(_noise(scheme.weight, site.shape), device), _dtype())
+            parameter = nn.Parameter(weight, requires_grad=False)
+            module.get_submodule(path)._parameters[name] = parameter
+    return module
 
 
 def _product(inputs: Tensor, weight: Packed) -> Tensor:

@@ -49,6 +49,7 @@ def joules_of(
     start: Callable[[], object],
     step: Callable[[], object],
     steps: int,
+    least_s: float = 0.0,
 ) -> tuple[float | None, float | None]:
     """Joules of a prompt and of a token, with nobody in turns; None without a counter.
 
@@ -57,15 +58,19 @@ def joules_of(
         prompt: processes one.
         start: prepares for tokens.
         step: generates one.
-        steps: how many tokens.
+        steps: how many tokens, at least.
+        least_s: what prompts and tokens take each, at least: a counter tells only now and then.
     """
     if counter is None:
         return None, None
-    before = counter.read_j()
-    prompt()
-    spent = counter.read_j() - before
+    spent = _joules_each(counter, prompt, 1, least_s)
     start()
-    before = counter.read_j()
-    for _ in range(steps):
-        step()
-    return spent, (counter.read_j() - before) / steps
+    return spent, _joules_each(counter, step, steps, least_s)
+
+
+def _joules_each(counter: Counter, run: Callable[[], object], count: int, least_s: float) -> float:
+    runs, start, before = 0, time.perf_counter(), counter.read_j()
+    while runs < count or time.perf_counter() - start < least_s:
+        run()
+        runs += 1
+    return (counter.read_j() - before) / runs

@@ -108,7 +108,8 @@ class AssembledModel:
             return tensor
         page = _page(tensor)
         if page not in self._on_device:
-            self._on_device[page] = tensor.to(self.device)
+            with torch.inference_mode(mode=False):  # kept, also for passes that differentiate
+                self._on_device[page] = tensor.to(self.device)
         return self._on_device[page]
 
     def _nothing(self, shape: Sequence[int]) -> Tensor:

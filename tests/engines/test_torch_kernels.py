@@ -5,7 +5,7 @@ import torch
 
 from engines import load_engine
 from engines.base import Cell, Exercise
-from engines.torch_kernels import _Model
+from engines.torch_kernels import _packed
 from quantization.adapter import describe
 from quantization.errors import KernelError
 from quantization.kernels.packed_weight import PackedWeight
@@ -39,7 +39,7 @@ def test_whole_models_run_on_packed_weights(llama):
     layout = describe(llama).split()
     schemes = [Scheme("bf16" if u.layer is None else "int8-channel") for u in layout.units]
     with torch.inference_mode():
-        module = _Model(llama, layout, schemes)._module
+        module = _packed(llama, layout, schemes)
     weight = module.get_submodule("model.layers.0.mlp.up_proj").weight
     assert isinstance(weight, PackedWeight) or isinstance(weight.data, PackedWeight)
     exercise = Exercise(prompt=16, past=8, generated=3, threads=1)

@@ -261,31 +261,68 @@ def export(
     point: Annotated[int, typer.Option(help="A point's number, as `front` shows it.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
     job: JobArgument = None,
-    to: Annotated[str, typer.Option(help="map, safetensors or gguf.")] = "map",
+    to: Annotated[
+        str, typer.Option(help="One target or several: map, safetensors, gguf, packed, …")
+    ] = "map",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder in use.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a point of JOB for a target, reload it with the target's loader, and compare."""
     from bitfront.console import print_json
-    from bitfront.exporting import export_point
+    from bitfront.exporting import export_point, show
     from bitfront.fronts import load_front
-    from bitfront.sizes import show_bytes
     from store.queries import find_job
 
     opened = open_store(store)
     found = load_front(opened, find_job(opened, job))
-    written = export_point(opened, found, point, to, output, force)
+    written = export_point(opened, found, point, to.split(","), output, force)
     if as_json:
-        print_json(written)
+        print_json(written[0] if len(written) == 1 else {"exports": written})
         return
-    for name, size in written["files"].items():
-        typer.echo(f"{Path(written['folder']) / name}  {show_bytes(size)}")
-    if "reloaded_kl" in written:
-        typer.echo(
-            f"reloaded: KL {written['reloaded_kl']:.5f} nats per token on {written['chunks']} "
-            f"held-out chunks, {written['measured_kl']:.5f} when it was measured"
-        )
+    for line in show(written):
+        typer.echo(line)
+
+
+@app.command()
+def apply(
+    precision_map: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MAP",
+            help="A map of ours, bits by layer, tensor types, a GGUF file, or a quantized model's "
+            "config.json.",
+        ),
+    ],
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or 'demo'.")] = "demo",
+    job: Annotated[
+        int | None, typer.Option(help="Whose front it joins. Default: the newest it can.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Source of the texts, where a new job begins.")
+    ] = None,
+    address: AddressOption = "local",
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a map that somebody else made for MODEL: a point of a job's front."""
+    from bitfront.applying import apply as apply_map
+    from bitfront.console import errors, front_table, print_json, print_table
+
+    front, number = apply_map(open_store(store), precision_map, model, job, address, text)
+    point = next(p for p in front.to_json()["points"] if p["id"] == number)
+    if as_json:
+        print_json({"job": front.job.id, "model": front.model.name, "point": point})
+        return
+    print_table(front_table(front))
+    errors.print(
+        f"The map is point {number}: KL {point['kl']:.5f} nats per token at "
+        f"{point['average_bits']:.4f} bits; {'on' if point['on_front'] else 'behind'} the front.",
+        highlight=False,
+    )
+    for finding in front.findings:
+        if f"point {number})" in finding:
+            errors.print(finding, highlight=False)
 
 
 @app.command()

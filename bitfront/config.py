@@ -16,7 +16,7 @@ UNPROVEN = ("fisher", "fisher-quantized")
 """What scores where no audit of the model has been: see benchmarks/results."""
 
 
-ENGINE_MENUS = {"llama.cpp": "gguf"}
+ENGINE_MENUS = {"llama.cpp": "gguf", "vllm": "vllm", "compressed-tensors": "compressed-tensors"}
 """What an engine's jobs choose from where nothing else is asked for."""
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bitfront.fronts import Front, Point, layout_of, losses, quality_key
+from bitfront.model_card import write_card
+from bitfront.sizes import show_bytes
 from engines import Export, Target, load_target
 from quantization.errors import ExportError
 from quantization.precision_map import ModelEntry, PrecisionMap, build_map
@@ -19,40 +22,87 @@ CHECKED_CHUNKS = 4
 
 
 def export_point(
-    store: Store, front: Front, number: int, target_name: str, folder: Path, force: bool
-) -> dict[str, Any]:
-    """Write one point to one target; what was written and how the reload compared.
+    store: Store, front: Front, number: int, target_names: Sequence[str], folder: Path, force: bool
+) -> list[dict[str, Any]]:
+    """Write one point to one target or several; what was written and how each reload compared.
+
+    Several targets get a folder each, called like them, inside the folder.
 
     Raises:
-        ExportError: no such point, the folder is taken, it can't be written, or the reload differs.
+        ExportError: no such point, the folder is taken, the target doesn't serve the map, it can't
+            be written, or the reload differs.
     """
-    target = load_target(target_name)
+    targets = [load_target(name) for name in dict.fromkeys(target_names)]
     point = front.point(number)
     if point is None:
         known = ", ".join(map(str, sorted(p.id for p in front.points))) or "none"
         raise ExportError(f"job {front.job.id} has no measured point {number}; there are: {known}")
+    places = {t.name: folder / t.name if len(targets) > 1 else folder for t in targets}
+    for place in places.values():
+        _check_free(place, force)
+    precision_map = _precision_map(front, point)
+    export = (
+        _with_model(store, front, point, precision_map)
+        if any(target.needs_model for target in targets)
+        else Export(precision_map)
+    )
+    return [_exported(front, point, target, export, places[target.name]) for target in targets]
+
+
+def show(exports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What `export` prints."""
+    for written in exports:
+        for name, size in written["files"].items():
+            yield f"{Path(written['folder']) / name}  {show_bytes(size)}"
+        if "weight_bytes" in written:
+            yield (
+                f"tensors: {written['weight_bytes']:,} bytes written, "
+                f"{written['predicted_bytes']:,} counted by the search"
+            )
+        if "reloaded_kl" in written:
+            yield (
+                f"reloaded: KL {written['reloaded_kl']:.5f} nats per token on {written['chunks']} "
+                f"held-out chunks, {written['measured_kl']:.5f} when it was measured"
+            )
+        for name in written.get("not_in_vllm", ())[:1]:
+            yield f"vLLM has no kernel for {len(written['not_in_vllm'])} units, such as {name}"
+        for what in ("serve", "requantize"):
+            if written.get(what):
+                yield f"{what}: {written[what]}"
+
+
+def _check_free(folder: Path, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"'{folder}' is a file; choose a folder")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ExportError(f"'{folder}' is not empty; choose another folder, or add --force")
-    precision_map = _precision_map(front, point)
-    export = (
-        _with_model(store, front, point, precision_map)
-        if target.needs_model
-        else Export(precision_map)
-    )
-    found = _write_checked(target, export, folder)
+
+
+def _exported(
+    front: Front, point: Point, target: Target, export: Export, folder: Path
+) -> dict[str, Any]:
+    def card(work: Path, found: dict[str, Any]) -> None:
+        write_card(work, front, point, export.precision_map, target.name, found)
+
+    found = _write_checked(target, export, folder, card)
     return {
         "job": front.job.id,
         "point": point.id,
         "target": target.name,
         "folder": str(folder),
         "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
+        "predicted_bytes": point.weight_bytes,
         **found,
     }
 
 
-def _write_checked(target: Target, export: Export, folder: Path) -> dict[str, Any]:
+def _write_checked(
+    target: Target,
+    export: Export,
+    folder: Path,
+    card: Callable[[Path, dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Write beside the folder, check, and move there: whole where nothing was, else file by file."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -61,11 +111,15 @@ def _write_checked(target: Target, export: Export, folder: Path) -> dict[str, An
     try:
         target.write(export, work)
         found = target.check(export, work)
+        card(work, found)
         work.chmod(0o755)
-        folder.mkdir(exist_ok=True)
         for file in work.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner may read
-            os.replace(file, folder / file.name)
+        if not folder.exists() or not any(folder.iterdir()):
+            work.replace(folder)
+        else:
+            for file in work.iterdir():
+                os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"can't write the export to '{folder}' ({error})") from error
     finally:
@@ -112,7 +166,7 @@ def _with_model(store: Store, front: Front, point: Point, precision_map: Precisi
     from workers.session import Session
 
     plan = plan_again(front.job, front.model)
-    spec = replace(spec_of(plan, None), threads=os.cpu_count() or 1, packed=False)
+    spec = replace(spec_of(plan, None), threads=os.cpu_count() or 1)
     session = Session(spec)
     text = plan.texts["heldout"]
     chunks = text.hashes[:CHECKED_CHUNKS]

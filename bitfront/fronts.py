@@ -3,7 +3,7 @@
 No torch, no ray, no SciPy: `front`, `query` and `jobs` answer at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import exp, inf, isfinite
@@ -23,6 +23,9 @@ SAME_SIZE = 0.001  # less than one unit's step between neighbouring schemes
 COMPARABLE_SIZE = 0.01
 INTERACTIONS, REFINED = "interactions", "refined"
 """What the origins of maps of later stages begin with."""
+
+NAMED = ("preset", "given")
+"""Controls whose origin is a name."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def load_front(store: Store, job: Job) -> Front:
         {c.point: c for c in measured},
         unquantized.perplexity if unquantized else None,
         (
-            *_findings(points, heldout, {c.point for c in measured if c.certificate}),
+            *_findings(points, heldout, {c.point: c for c in measured}),
             *(f"Point {c.point} ({c.origin}): {c.failure}." for c in proposed if c.failure),
             *_bought(points, heldout, candidates),
             *_additive(job.facts.get("interactions")),
@@ -180,12 +183,15 @@ def _point(c: Candidate, loss: MapLoss, search: MapLoss | None, on_front: bool) 
     )
 
 
-def _findings(points: Sequence[Point], heldout: dict[str, MapLoss], solved: set[int]) -> list[str]:
+def _findings(
+    points: Sequence[Point], heldout: dict[str, MapLoss], of: Mapping[int, Candidate]
+) -> list[str]:
     """How the chosen maps compare with each control of the same bytes, in paired differences."""
     findings = []
     for control in (p for p in points if p.control):
-        name = f"the {control.control} map of {control.average_bits:.3g} bits (point {control.id})"
-        if control.id in solved:
+        own = of[control.id].origin if control.control in NAMED else f"the {control.control} map"
+        name = f"{own} of {control.average_bits:.3g} bits (point {control.id})"
+        if of[control.id].certificate:
             findings.append(f"At its size, {name} is also the solver's choice.")
             continue
         largest = control.weight_bytes * (1 + SAME_SIZE)

@@ -17,7 +17,11 @@ AddressOption = Annotated[
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="How many model replicas.")]
 EngineOption = Annotated[
     str | None,
-    typer.Option(help="Serve with: llama.cpp or torch. Its rules, bytes and speed count."),
+    typer.Option(
+        "--engine",
+        "--target",
+        help="Serve with: llama.cpp, torch, vllm, … Its rules and bytes count, and its speed.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Serve on: local (measured), or one that `devices` lists.")

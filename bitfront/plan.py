@@ -25,7 +25,7 @@ from bitfront.demo import NAME, demo_model
 from bitfront.serving import Times
 from cost_models import weight_bytes
 from cost_models.devices import LOCAL
-from engines import Engine
+from engines import Engine, Rules
 from evaluation.arithmetic import DTYPES, choose_dtype, memory_bytes
 from evaluation.texts import Text, TextRequest, make_texts
 from quantization.adapter import describe
@@ -89,7 +89,7 @@ class Plan:
     folding: Folding | None = None
     imatrix: Imported | None = None
     packed: bool = False
-    engine: Engine | None = None
+    engine: Rules | None = None
     times: Times | None = None
     because: str | None = None
     evidence: dict[str, Any] | None = None
@@ -204,7 +204,7 @@ class Plan:
         config = self.config.model_dump_json(exclude=exclude)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]
         extra = [self.quantizer] if self.packed or self.imatrix or REVISION > 1 else []
-        if self.engine and self.config.serving.device == LOCAL:
+        if isinstance(self.engine, Engine) and self.config.serving.device == LOCAL:
             extra.append(serving.place_of(self.config.serving, self.engine).of())
         return key_of(self.checkpoint.weights_hash, config, self.dtype, *texts, *extra)
 

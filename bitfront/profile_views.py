@@ -17,6 +17,7 @@ from bitfront.serving import engine_of, subject_of
 from bitfront.sizes import show_seconds
 from cost_models.devices import LOCAL
 from cost_models.memory import PHASES
+from engines import load_timed
 from engines.power import processor_counter
 from quantization.adapter import describe
 from quantization.checkpoints import load_config, resolve
@@ -56,8 +57,8 @@ def prepared(config: JobConfig) -> tuple[Subject, SessionSpec]:
     Raises:
         BitfrontError: a model, engine or format that isn't there.
     """
-    engine = engine_of(config.serving)
-    assert engine is not None
+    engine_of(config.serving)
+    engine = load_timed(config.serving.engine or "")
     source = demo_model() if config.model == DEMO else config.model
     checkpoint = resolve(source, config.revision, config.trust_remote_code)
     engine.check(load_config(checkpoint))

@@ -1,5 +1,6 @@
 """What a job measures: uniform and random controls, and the solver's optimum at each budget."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -8,6 +9,7 @@ from bitfront.budgets import most_bytes
 from bitfront.plan import Plan
 from bitfront.serving import limits_s, resource
 from cost_models import weight_bytes
+from quantization.checkpoints import load_config
 from search.controls import random_at, some_formats, uniform
 from search.errors import InfeasibleBudgetError
 from search.exact import solve, sweep
@@ -42,6 +44,8 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
     ]
     for column, choice in uniforms:
         add(choice, f"uniform {plan.menu[column].name}", "uniform")
+    for name, choice in _presets(plan):
+        add(choice, f"preset {name}", "preset")
     sizes = sorted(plan.weight_bytes(choice) for _, choice in uniforms)
     generator = np.random.default_rng(plan.config.seed)
     asked = plan.config.budgets or plan.config.budgets_bytes
@@ -68,6 +72,24 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
             origin = f"{estimator}, at most {budget:,} bytes"
             add(solution.choice, origin, certificate=certificate)
     return list(candidates.values())
+
+
+def _presets(plan: Plan) -> Iterator[tuple[str, Choice]]:
+    """The engine's own mixes, of those units that the job decides; only those that its menu has."""
+    if plan.engine is None:
+        return
+    columns = {scheme.weight: column for column, scheme in enumerate(plan.menu)}
+    offered = plan.offered
+    for name, formats in plan.engine.presets(load_config(plan.checkpoint), plan.layout).items():
+        choice = offered.argmax(axis=1).astype(np.intp)
+        for u in np.flatnonzero(plan.open_units):
+            wanted = {formats.get(site.parameter) for site in plan.layout.units[u].stored}
+            column = columns.get(wanted.pop() or "") if len(wanted) == 1 else None
+            if column is None or not offered[u, column]:
+                break
+            choice[u] = column
+        else:
+            yield name, choice
 
 
 def _in_seconds(plan: Plan) -> str:

@@ -11,6 +11,7 @@ from bitfront.console import print_json, print_table
 from bitfront.fronts import Constraints, Front, best_point, layout_of, load_front
 from bitfront.sizes import show_bytes, show_seconds
 from cost_models.memory import PHASES, Workload, kv_cache_bytes, memory_bytes
+from engines import target_of
 from quantization.errors import BitfrontError
 from store.database import Store
 from store.queries import find_job, list_jobs
@@ -91,7 +92,7 @@ def run_query(
 def _target(front: Front) -> str:
     """What the job's engine loads."""
     serving = front.job.config.get("serving") or {}
-    return "gguf" if serving.get("engine") == "llama.cpp" else "map"
+    return target_of(serving.get("engine"))
 
 
 def show_jobs(store: Store, as_json: bool) -> None:

@@ -16,6 +16,10 @@ from quantization.errors import ExportError
 from quantization.units import Layout, Unit
 
 INK, MUTED, ACCENT, CONTROL, RANDOM = "#1b1f24", "#6e7781", "#0b62d6", "#c2410c", "#9aa4af"
+CONTROLS = (
+    ("uniform", CONTROL, "square"), ("random", RANDOM, "x"), ("preset", "#15803d", "diamond"),
+    ("given", "#7c3aed", "star"),
+)  # fmt: skip
 
 STYLE = f"""
 body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; max-width: 1080px;
@@ -76,7 +80,7 @@ def front_figure(front: Front) -> go.Figure:
         marker={"symbol": "line-ew-open", "size": 15, "color": ACCENT, "line": {"width": 2}},
         hovertemplate="predicted KL %{y:.4f}<extra></extra>",
     ))  # fmt: skip
-    for control, color, symbol in (("uniform", CONTROL, "square"), ("random", RANDOM, "x")):
+    for control, color, symbol in CONTROLS:
         points = [p for p in front.points if p.control == control]
         if points:
             figure.add_trace(_trace(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitfront.config import ConfigError, Menu
-from engines import Engine
+from engines import Rules
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout, Unit
 from search.problem import FewFormats, Ints, changed
@@ -17,7 +17,7 @@ CHANGED = "changed_units"
 
 
 def choices(
-    layout: Layout, menu: Menu, engine: Engine | None = None
+    layout: Layout, menu: Menu, engine: Rules | None = None
 ) -> tuple[tuple[Scheme, ...], ...]:
     """The schemes that each unit may get; where an engine is to serve them, those that it can.
 
@@ -32,14 +32,14 @@ def choices(
     return tuple(_served(u, row, engine) for u, row in zip(layout.units, found, strict=True))
 
 
-def _served(unit: Unit, schemes: tuple[Scheme, ...], engine: Engine | None) -> tuple[Scheme, ...]:
+def _served(unit: Unit, schemes: tuple[Scheme, ...], engine: Rules | None) -> tuple[Scheme, ...]:
     """Those that the engine serves."""
     if engine is None:
         return schemes
-    reasons = {s: [why for site in unit.sites if (why := engine.refusal(site, s))] for s in schemes}
-    served = tuple(scheme for scheme, why in reasons.items() if not why)
+    reasons = {scheme: engine.unit_refusal(unit, scheme) for scheme in schemes}
+    served = tuple(scheme for scheme, why in reasons.items() if why is None)
     if not served:
-        why = next(iter(reasons.values()))[0]
+        why = next(iter(reasons.values()))
         raise ConfigError(f"{engine.name} serves no scheme of the menu for {unit.name}: {why}")
     return served
 

@@ -17,7 +17,7 @@ from bitfront.progress import Progress
 from cost_models.devices import LOCAL, Device, load_device
 from cost_models.memory import PHASES, Phase, Workload
 from cost_models.probing import core_limit, local_name
-from engines import Engine, load_engine
+from engines import Engine, Rules, load_engine
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.schemes import Scheme
 from quantization.units import Layout
@@ -98,7 +98,7 @@ def workload_of(serving: ServingConfig) -> Workload:
     return Workload(serving.batch, serving.context, serving.prompt)
 
 
-def engine_of(serving: ServingConfig) -> Engine | None:
+def engine_of(serving: ServingConfig) -> Rules | None:
     """The engine that a job names; limits on seconds need one."""
     if serving.engine is None:
         if serving.device != LOCAL or serving.threads:
@@ -112,6 +112,13 @@ def engine_of(serving: ServingConfig) -> Engine | None:
             )
         return None
     engine = load_engine(serving.engine)
+    if serving.device == LOCAL and not isinstance(engine, Engine):
+        if limits_s(serving) or serving.threads:
+            raise ConfigError(
+                f"{engine.name} can't be timed on this machine; name a device of the catalogue "
+                "(bitfront devices) for analytical latencies, or leave the limits out"
+            )
+        return engine
     if serving.device != LOCAL:
         load_device(serving.device)
         if serving.threads:
@@ -155,6 +162,8 @@ def timed(plan: "Plan", store: Store, pool: Pool, progress: Progress) -> "Times 
     if engine is None:
         return None
     if serving.device == LOCAL:
+        if not isinstance(engine, Engine):
+            return None
         subject = subject_of(serving, engine, plan.layout, plan.menu, plan.offered)
         times = measured_times(profile(subject, store, pool, progress))
     else:
@@ -179,7 +188,7 @@ def measured_times(found: Profile) -> Times:
 
 def analytical_times(
     device: Device,
-    engine: Engine,
+    engine: Rules,
     checkpoint: Checkpoint,
     layout: Layout,
     menu: tuple[Scheme, ...],

@@ -86,7 +86,7 @@ def table(
     found = np.full((len(layout.units), len(menu)), np.nan)
     for row, unit in enumerate(layout.units):
         for column, scheme in enumerate(menu):
-            if any(engine.refusal(site, scheme) for site in unit.sites):
+            if engine.unit_refusal(unit, scheme):
                 continue
             own = products(unit, scheme, engine, workload, phase)
             found[row, column] = sum(p.times * seconds.get(p.cell, np.nan) for p in own)

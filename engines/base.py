@@ -1,7 +1,7 @@
 """The contracts of the room: an engine serves maps, an export target writes what an engine loads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from quantization.checkpoints import Checkpoint
 from quantization.precision_map import PrecisionMap
-from quantization.schemes import Scheme
-from quantization.units import Layout, Site
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout, Site, Unit, UnitKind
 
 if TYPE_CHECKING:
     from evaluation.evaluator import Evaluator
@@ -36,10 +36,15 @@ class Export:
 
 
 class Target(ABC):
-    """Writes an export into an empty folder and checks it with the engine's own loader."""
+    """Writes an export into an empty folder and checks it with the engine's own loader.
+
+    Attributes:
+        engine: the engine whose rules its maps must keep; None where any map can be written.
+    """
 
     name: str
     needs_model: bool
+    engine: str | None = None
 
     @abstractmethod
     def write(self, export: Export, folder: Path) -> None:
@@ -107,24 +112,20 @@ class Run:
     decode_j: float | None = None
 
 
-class Engine(ABC):
-    """A runtime that serves maps on a device: its rules, its bytes, and the speed of its kernels.
+class Rules(ABC):
+    """What a runtime loads: the maps that it serves, and the bytes of what it keeps.
 
     Stateless: instances may be shared and pickled.
     """
 
     name: str
-    reference_cell: Cell
-    """A product that all others are timed beside."""
     fuses: bool
     """Whether the sites of a unit are one matrix to it, and must have one scheme."""
-    accelerated: bool = False
-    """Whether it runs on this machine's accelerator, and not on its processor."""
-    reference: Scheme
-    """What a model is stored as that others are timed in turns with."""
+    kept: Mapping[UnitKind, str] = {}
+    """Kinds of units that stay in full precision, and why."""
 
     def check(self, config: Any) -> None:  # noqa: B027 -- most serve whatever transformers does
-        """Refuse kinds of models that the engine doesn't know.
+        """Refuse kinds of models that the runtime doesn't know.
 
         Args:
             config: the model's transformers configuration.
@@ -133,28 +134,57 @@ class Engine(ABC):
             BitfrontError: with what it knows.
         """
 
+    def unit_refusal(self, unit: Unit, scheme: Scheme) -> str | None:
+        """Why it can't serve a unit under a scheme, or None."""
+        if unit.kind in self.kept and scheme != Scheme(FULL_PRECISION):
+            return self.kept[unit.kind]
+        reasons = (self.refusal(site, scheme) for site in unit.stored)
+        return next((why for why in reasons if why), None)
+
     @abstractmethod
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
-        """Why the engine can't serve a site under a scheme, or None."""
+        """Why it can't serve a site under a scheme, or None."""
 
-    @abstractmethod
-    def kernel(self, scheme: Scheme, shape: tuple[int, ...]) -> str:
-        """What the engine stores a weight of that shape as: one kernel, one word."""
+    def presets(self, config: Any, layout: Layout) -> Mapping[str, Mapping[str, str]]:
+        """The vendor's own mixes: the weight format of each parameter that they speak of, by name.
+
+        Args:
+            config: the model's transformers configuration.
+            layout: its units.
+        """
+        return {}
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
-        """Bytes of the tensors that the engine loads."""
+        """Bytes of the tensors that it loads."""
         from quantization.formats import FORMATS
 
         return FORMATS[scheme.weight].nbytes(shape)
 
-    @abstractmethod
     def other_bytes(self, layout: Layout, config: Any = None) -> int:
-        """Bytes of everything outside the units.
+        """Bytes of everything outside the units; by default in bfloat16.
 
         Args:
             layout: the model's.
             config: its transformers configuration; without one, what only that tells isn't counted.
         """
+        from quantization.formats import FORMATS
+
+        return FORMATS[FULL_PRECISION].nbytes((layout.other_numel,)) if layout.other_numel else 0
+
+
+class Engine(Rules):
+    """A runtime whose kernels are timed on this machine."""
+
+    reference_cell: Cell
+    """A product that all others are timed beside."""
+    accelerated: bool = False
+    """Whether it runs on this machine's accelerator, and not on its processor."""
+    reference: Scheme
+    """What a model is stored as that others are timed in turns with."""
+
+    @abstractmethod
+    def kernel(self, scheme: Scheme, shape: tuple[int, ...]) -> str:
+        """What the engine stores a weight of that shape as: one kernel, one word."""
 
     @abstractmethod
     def kernel_version(self) -> str:

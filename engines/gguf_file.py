@@ -5,6 +5,7 @@ Families of models are a line each in `FAMILIES`; names of tensors come from ggu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import pi
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,13 @@ def write_gguf(
     else:
         writer.add_tokenizer_model("no_vocab")
     tensors = [*tensors, *_rope_frequencies(config)]
-    kind = next(k for k, n in gguf.MODEL_ARCH_NAMES.items() if n == family.name)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    name_of = tensor_names(config)
     for tensor in tensors:
         raw = None if tensor.type == F32 else gguf.GGMLQuantizationType(TYPES[tensor.type].number)
         dtype, shape = (np.float32, tensor.shape) if raw is None else (np.uint8, _bytes_of(tensor))
-        writer.add_tensor_info(_name(names, tensor), shape, np.dtype(dtype), tensor.nbytes, raw)
+        writer.add_tensor_info(
+            name_of(tensor.parameter), shape, np.dtype(dtype), tensor.nbytes, raw
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -124,6 +126,13 @@ def write_gguf(
         data = tensor.read()
         writer.write_tensor_data(_turned(data, tensor.parameter, config, family))
     writer.close()
+
+
+def tensor_names(config: Any) -> Callable[[str], str]:
+    """What gives a parameter's name in the files of a model of that configuration."""
+    family = family_of(config)
+    kind = next(k for k, n in gguf.MODEL_ARCH_NAMES.items() if n == family.name)
+    return partial(_name, gguf.get_tensor_name_map(kind, config.num_hidden_layers))
 
 
 def tensor_bytes(path: Path) -> int:
@@ -135,13 +144,13 @@ def _bytes_of(tensor: Stored) -> tuple[int, ...]:
     return (*tensor.shape[:-1], TYPES[tensor.type].row_bytes(tensor.shape[-1]))
 
 
-def _name(names: gguf.TensorNameMap, tensor: Stored) -> str:
-    if tensor.parameter == ROPE_FREQUENCIES:
+def _name(names: gguf.TensorNameMap, parameter: str) -> str:
+    if parameter == ROPE_FREQUENCIES:
         return ROPE_FREQUENCIES
-    found = names.get_name(tensor.parameter, try_suffixes=(".weight", ".bias"))
+    found = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise ExportError(
-            f"llama.cpp has no place for '{tensor.parameter}' in this kind of model; "
+            f"llama.cpp has no place for '{parameter}' in this kind of model; "
             "it can't be exported to GGUF"
         )
     return str(found)

@@ -4,7 +4,8 @@ Rules: it serves ggml's types and bf16, weights only; it fuses nothing, so units
 for it, and may be. Bytes: blocks of the stored type, vectors in float32, no padding counted.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from evaluation.evaluator import Evaluator
 
 PREFIX = "gguf-"
-FILE_NAME = "model.gguf"
+LOSSLESS, BLOCK = {"int4-g32": "q4_0", "int8-g32": "q8_0"}, 32
+"""Formats of ours that are ggml's blocks in another order, by ggml's name."""
+FILE_NAME, TYPES_NAME = "model.gguf", "tensor-types.txt"
 TOLERANCE, NOISE_NATS = 0.05, 0.02
 """Of the KL: llama.cpp rounds activations to 8 bits in each product, which the candidate doesn't."""
 
@@ -52,12 +55,26 @@ class LlamaCpp(Engine):
             )
         if scheme.weight == FULL_PRECISION or scheme.weight.startswith(PREFIX):
             return None
-        return f"llama.cpp has no {scheme.weight}; its types are gguf-q4_K and so on"
+        if scheme.weight in LOSSLESS:
+            rest = site.shape[-1] % BLOCK
+            return f"{site.shape[-1]} columns don't divide into blocks of {BLOCK}" if rest else None
+        return f"llama.cpp has no {scheme.weight}; its types are gguf-q4_K and so on, and int4-g32 and int8-g32 are two of them"
+
+    def presets(self, config: Any, layout: Layout) -> Mapping[str, Mapping[str, str]]:
+        """See `Rules.presets`: `Q4_K_M` and its kin."""
+        from engines.llama_presets import preset_types
+
+        return {
+            name: {parameter: f"{PREFIX}{type}" for parameter, type in types.items()}
+            for name, types in preset_types(config, layout).items()
+        }
 
     def kernel(self, scheme: Scheme, shape: tuple[int, ...]) -> str:
         """See `Engine.kernel`: ggml's type."""
         if scheme.weight == FULL_PRECISION:
             return FULL_PRECISION
+        if scheme.weight in LOSSLESS:
+            return LOSSLESS[scheme.weight]
         from quantization.formats import FORMATS
         from quantization.formats.gguf import GGUFFormat
 
@@ -111,6 +128,7 @@ class GGUFFile(Target):
     """Writes `model.gguf` with the bank's own bytes, and reads it back with llama.cpp."""
 
     name = "gguf"
+    engine = "llama.cpp"
     needs_model = True
 
     def write(self, export: Export, folder: Path) -> None:
@@ -119,23 +137,21 @@ class GGUFFile(Target):
 
         assert export.evaluator is not None
         tensors = list(stored_tensors(export.evaluator, export.precision_map.schemes))
-        write_gguf(folder / FILE_NAME, export.evaluator.bank.checkpoint, tensors)
+        checkpoint = export.evaluator.bank.checkpoint
+        write_gguf(folder / FILE_NAME, checkpoint, tensors)
+        (folder / TYPES_NAME).write_text(_types(checkpoint, tensors))
         NeutralMap().write(export, folder)
 
     def check(self, export: Export, folder: Path) -> dict[str, Any]:
         """Load with llama.cpp, count bytes, and compare its logits with the unquantized model's."""
         from engines.gguf_file import tensor_bytes
+        from engines.reload import predicted_bytes
 
         assert export.evaluator is not None
         assert export.chunks is not None
         assert export.measured_kl is not None
-        bank, engine = export.evaluator.bank, LlamaCpp()
-        layout = bank.layout
-        expected = engine.other_bytes(layout, load_config(bank.checkpoint)) + sum(
-            engine.nbytes(scheme, site.shape)
-            for unit, scheme in zip(layout.units, export.precision_map.schemes, strict=True)
-            for site in unit.stored
-        )
+        bank, schemes = export.evaluator.bank, export.precision_map.schemes
+        expected = predicted_bytes(LlamaCpp(), bank.checkpoint, bank.layout, schemes)
         written = tensor_bytes(folder / FILE_NAME)
         if written != expected:
             raise ExportError(f"the file holds {written:,} bytes of tensors, not {expected:,}")
@@ -155,6 +171,7 @@ class GGUFFile(Target):
             "weight_bytes": written,
             "tokens_agree": agreed,
             "serve": f"llama-server -m {FILE_NAME}",
+            "requantize": f"llama-quantize --tensor-type-file {TYPES_NAME} ORIGINAL.gguf OUT.gguf q8_0",
         }
 
 
@@ -165,28 +182,20 @@ def stored_tensors(evaluator: "Evaluator", schemes: Sequence[Scheme]) -> Iterato
         ExportError: llama.cpp doesn't serve a unit's scheme; the units are named.
     """
     from engines.gguf_file import F32, Stored
+    from engines.reload import check_served
 
     bank, engine = evaluator.bank, LlamaCpp()
-    units = list(zip(bank.layout.units, schemes, strict=True))
-    wrong = [
-        f"{unit.name}: {why}"
-        for unit, scheme in units
-        for why in (engine.refusal(unit.stored[0], scheme),)
-        if why
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
-        raise ExportError(
-            f"llama.cpp can't serve {len(wrong)} units: {'; '.join(wrong[:2])}{more}; "
-            "search with --engine llama.cpp for maps that it can"
-        )
-    for unit, scheme in units:
+    check_served(engine, bank.checkpoint, bank.layout, schemes)
+    for unit, scheme in zip(bank.layout.units, schemes, strict=True):
         for site in unit.stored:
 
             def read(
                 unit: Any = unit, scheme: Scheme = scheme, name: str = site.parameter
             ) -> NDArray[np.uint8]:
-                (tensor,) = bank.packed_parameters(unit, scheme, name).tensors.values()
+                packed = bank.packed_parameters(unit, scheme, name)
+                if packed.format in LOSSLESS:
+                    return _blocks(packed)
+                (tensor,) = packed.tensors.values()
                 found: NDArray[np.uint8] = tensor.view(_uint8()).numpy()
                 return found
 
@@ -194,6 +203,22 @@ def stored_tensors(evaluator: "Evaluator", schemes: Sequence[Scheme]) -> Iterato
     for name, tensor in bank.rest().items():
         values = tensor.float().contiguous().numpy()
         yield Stored(name, F32, values.shape, lambda values=values: values.view(np.uint8))  # type: ignore[misc]
+
+
+def _types(checkpoint: Checkpoint, tensors: Sequence["Stored"]) -> str:
+    """What `llama-quantize --tensor-type-file` reads: a pattern and a type a line."""
+    from engines.gguf_file import F32, tensor_names
+
+    name_of = tensor_names(load_config(checkpoint))
+    rows = [(name_of(t.parameter), t.type) for t in tensors if t.type != F32]
+    return "".join(f"^{re.escape(name)}$={type}\n" for name, type in rows)
+
+
+def _blocks(packed: Any) -> NDArray[np.uint8]:
+    from engines.llama_blocks import blocks
+
+    found: NDArray[np.uint8] = blocks(packed).numpy()
+    return found
 
 
 def _uint8() -> Any:

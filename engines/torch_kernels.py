@@ -62,10 +62,6 @@ class TorchKernels(Engine):
         """See `Engine.kernel`: the format."""
         return scheme.weight
 
-    def other_bytes(self, layout: Layout, config: Any = None) -> int:
-        """See `Engine.other_bytes`."""
-        return FORMATS[FULL_PRECISION].nbytes((layout.other_numel,)) if layout.other_numel else 0
-
     def kernel_version(self) -> str:
         """See `Engine.kernel_version`."""
         device = default_device()

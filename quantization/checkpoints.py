@@ -8,6 +8,7 @@ workers then map the weights instead of holding a copy each.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from quantization.cache import cache_dir, write_folder
 from quantization.errors import ModelError
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+for _name in ("torchao", "torch.utils._pytree"):
+    # transformers imports torchao, which warns of its libraries for other machines
+    logging.getLogger(_name).setLevel(logging.ERROR)
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 

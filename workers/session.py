@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cost_models.probing import local_name
-from engines import Engine, load_engine
+from engines import Engine, load_timed
 from engines.base import Cell, Exercise, Run, Timing
 from evaluation.arithmetic import DTYPES, default_device
 from evaluation.calibration import calibrate
@@ -136,7 +136,7 @@ class Session:
         usual_s: float | None,
     ) -> list[Timing]:
         """Products with an engine's kernels on this machine, which must be that device."""
-        found = load_engine(engine)
+        found = load_timed(engine)
         with _alone(found, device):
             return found.time_cells(cells, threads, usual_s)
 
@@ -150,7 +150,7 @@ class Session:
     ) -> tuple[Run, Run]:
         """A whole model in an engine on this machine, and a reference beside it."""
         own, beside = ([Scheme.parse(name) for name in names] for names in (schemes, reference))
-        folding, layout, found = self._spec.folding, self._spec.layout, load_engine(engine)
+        folding, layout, found = self._spec.folding, self._spec.layout, load_timed(engine)
         # what a transform makes has the original's shapes, and may not be there yet
         checkpoint = _on_this_node(folding.original if folding else self._spec.checkpoint)
         with _alone(found, device):

@@ -329,7 +329,9 @@ def test_a_transformed_job_is_a_job_of_its_own(done, transform, tmp_path):
     assert front.reference_perplexity == pytest.approx(before.reference_perplexity, rel=1e-4)
     assert front.job.facts["transform"].startswith(transform)
     point = front.points[0].id
-    written = export_point(store, front, point, "safetensors", tmp_path / "export", force=False)
+    (written,) = export_point(
+        store, front, point, ["safetensors"], tmp_path / "export", force=False
+    )
     assert written["reloaded_kl"] == pytest.approx(written["measured_kl"], rel=0.01)
     exported = json.loads((tmp_path / "export" / "precision_map.json").read_text())
     assert exported["provenance"]["transform"] == front.job.facts["transform"]

@@ -267,7 +267,7 @@ def test_what_it_found_is_exported_and_served(done, store, tmp_path):
     _, job = done
     front = load_front(store, find_job(store, job))
     point = next(p for p in front.points if not p.control)
-    written = export_point(store, front, point.id, "gguf", tmp_path / "out", force=False)
+    (written,) = export_point(store, front, point.id, ["gguf"], tmp_path / "out", force=False)
     assert written["weight_bytes"] == point.weight_bytes
     assert written["reloaded_kl"] == pytest.approx(written["measured_kl"], rel=0.05, abs=0.02)
 

@@ -74,6 +74,6 @@ def test_the_neutral_map_names_every_site(make_bank, tmp_path):
 
 
 def test_an_unknown_target_brings_the_nearest():
-    assert list(TARGETS) == ["map", "safetensors", "gguf"]
+    assert {"map", "safetensors", "gguf"} < set(TARGETS)
     with pytest.raises(UnknownNameError, match="nearest: safetensors"):
         load_target("safetensor")

@@ -10,6 +10,7 @@ from engines import Export, load_engine, load_target
 from engines.base import Cell
 from engines.gguf_file import tensor_bytes
 from engines.gguf_tokenizer import add_tokenizer, agrees
+from engines.llama_blocks import blocks
 from engines.llama_cells import time_products
 from engines.llama_cpp import FILE_NAME
 from engines.llama_library import LlamaModel, LlamaVocab
@@ -18,12 +19,14 @@ from quantization.adapter import describe
 from quantization.bank import Bank
 from quantization.checkpoints import load_config, load_tokenizer, resolve
 from quantization.errors import EngineError, ExportError, KernelError, UnknownNameError
+from quantization.formats import FORMATS
 from quantization.precision_map import ModelEntry, build_map
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
-from quantization.units import Site
+from quantization.units import Layout, Site, Unit
 from tests.conftest import choices_of, save_tiny
 
+LLAMA = load_engine("llama.cpp")
 CHUNKS = np.random.default_rng(0).integers(2, 300, (2, 48))
 TYPES = ["gguf-q4_0", "gguf-q8_0", "gguf-q4_K", "gguf-iq4_nl", "bf16"]
 LLAMA3_ROPE = {
@@ -198,3 +201,34 @@ def test_tokenizers_of_sentencepiece_are_written(tmp_path):
         assert agrees(vocabulary, checkpoint)
         wanted = load_tokenizer(checkpoint).encode("the inner", add_special_tokens=False)
         assert vocabulary.tokenize("the inner") == wanted
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int8-g32"])
+def test_our_integers_are_ggmls_blocks(name):
+    """What ggml reads out of the blocks is what our format decodes, to the bit."""
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
+    format, site = FORMATS[name], Site("q", "q.weight", (8, 96))
+    made = format.pack(*format.nearest(weight))
+    found = blocks(made)
+    own = FORMATS[f"gguf-{LLAMA.kernel(Scheme(name), (8, 96))}"]
+    read = own.decode(found, {"columns": torch.tensor(96)})
+    assert torch.equal(read, format.decode(*format.unpack(made)))
+    assert LLAMA.refusal(site, Scheme(name)) is None
+    assert LLAMA.nbytes(Scheme(name), (8, 96)) == found.numel() == own.nbytes((8, 96))
+    assert "don't divide" in LLAMA.refusal(Site("q", "q", (8, 100)), Scheme(name))
+
+
+def test_presets_are_llama_quantizes(llama):
+    """Q4_K_M of a model of 30 blocks, as llama-quantize's log has it."""
+    config = load_config(llama)
+    config.num_hidden_layers = 30
+    sites = [
+        Site(name, f"{name}.weight", (64, 64))
+        for i in range(30)
+        for name in (f"model.layers.{i}.self_attn.v_proj", f"model.layers.{i}.mlp.up_proj")
+    ]
+    units = tuple(Unit(s.name, "linear", (s,), int(s.name.split(".")[2])) for s in sites)
+    found = LLAMA.presets(config, Layout(units, (), 0))["Q4_K_M"]
+    finer = [i for i in range(30) if found[sites[2 * i].parameter] == "gguf-q6_K"]
+    assert finer == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]
+    assert {found[site.parameter] for site in sites[1::2]} == {"gguf-q4_K"}

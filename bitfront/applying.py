@@ -1,0 +1,186 @@
+"""`bitfront apply`: somebody's map put onto a model and measured, as a point of a job's front.
+
+It joins the newest job of the model that a map of its kind can join, or one that is named, and is
+measured on that job's texts with its quantizer. Without a job it begins one.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitfront.config import DEMO, ConfigError, load_config
+from bitfront.console import errors
+from bitfront.demo import demo_model
+from bitfront.fronts import Front, load_front
+from bitfront.pipeline import HELDOUT, SEARCH, measure, measure_reference, open_planned, spec_of
+from bitfront.plan import Plan, make_plan, plan_again
+from bitfront.progress import Lines, Progress, RichProgress
+from bitfront.proposals import candidate_of
+from bitfront.run import Run
+from bitfront.searching import open_pool
+from cost_models import weight_bytes
+from engines.foreign import Foreign, read_map
+from quantization.adapter import describe
+from quantization.checkpoints import resolve
+from quantization.errors import ModelError
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout
+from store.database import Store
+from store.queries import (
+    candidates_of,
+    find_job,
+    find_model,
+    list_jobs,
+    save_candidates,
+    update_job,
+)
+from store.tables import Candidate, Job
+from workers.pool import Task
+
+GIVEN = "given"
+"""What stands in the place of a control's kind."""
+
+
+def apply(
+    store: Store, file: Path, model: str, job_number: int | None, address: str, text: str | None
+) -> tuple[Front, int]:
+    """Measure a map; the front that it is on now, and its point there.
+
+    Args:
+        store: where jobs are.
+        file: the map, in any form that `engines/foreign.py` reads.
+        model: hub id, folder, GGUF file or `demo`.
+        job_number: whose front it joins; by default the newest that it can.
+        address: of the Ray cluster.
+        text: one source for the texts of a job that begins here.
+
+    Raises:
+        BitfrontError: a map that isn't this model's or this job's.
+    """
+    checkpoint = resolve(demo_model() if model == DEMO else model)
+    foreign = read_map(file, checkpoint, describe(checkpoint).split())
+    known = _job(store, job_number, checkpoint.weights_hash, foreign)
+    base = (
+        plan_again(known, find_model(store, known.weights_hash))
+        if known
+        else make_plan(load_config(model, None, _overrides(foreign, text)))
+    )
+    schemes = _schemes(base.layout, foreign, file)
+    plan = _with(base, schemes)
+    with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
+        job = known or open_planned(base, store)
+        run = _Given(plan, base, job, schemes, file)
+        point = _measured(run, store, address, progress)
+    if not known:
+        update_job(store, job.id, state="done")
+    return load_front(store, find_job(store, job.id)), point
+
+
+def _job(store: Store, number: int | None, weights_hash: str, foreign: Foreign) -> Job | None:
+    """The job to join."""
+    if number is not None:
+        job = find_job(store, number)
+        if job.weights_hash != weights_hash:
+            raise ConfigError(f"job {job.id} is of another model; leave --job out for a new one")
+        return job
+    for job, _ in list_jobs(store):
+        engine = (job.config.get("serving") or {}).get("engine")
+        fits = foreign.engine in (None, engine)
+        if job.weights_hash == weights_hash and job.state == "done" and fits:
+            return job
+    return None
+
+
+def _overrides(foreign: Foreign, text: str | None) -> dict[str, Any]:
+    """Of a job whose menu are the map's formats."""
+    found = sorted({*foreign.formats.values(), FULL_PRECISION})
+    texts = {f"texts.{role}.source": text for role in ("calibration", "search", "heldout")}
+    return {"menu": {"schemes": found, "pinned": {}}, "serving.engine": foreign.engine, **texts}
+
+
+def _schemes(layout: Layout, foreign: Foreign, file: Path) -> list[Scheme]:
+    """One for each unit; what the map doesn't speak of stays in full precision."""
+    known = {site.name for unit in layout.units for site in unit.sites}
+    if not known & set(foreign.formats):
+        raise ModelError(f"'{file}' speaks of no layer of this model, such as {min(known)}")
+    schemes = []
+    for unit in layout.units:
+        found = {foreign.formats.get(site.name, FULL_PRECISION) for site in unit.sites}
+        if len(found) > 1 and len(unit.stored) > 1:
+            raise ModelError(
+                f"'{file}' has {' and '.join(sorted(found))} in {unit.name}, which this job decides "
+                "as one; name a job with an engine that fuses nothing (llama.cpp, torch) by --job"
+            )
+        # a tied matrix is stored as its embedding
+        schemes.append(Scheme(foreign.formats.get(unit.sites[0].name, FULL_PRECISION)))
+    return schemes
+
+
+def _with(plan: Plan, schemes: Sequence[Scheme]) -> Plan:
+    """The plan with what the map chose beside what its menu allows."""
+    choices = tuple(
+        tuple(dict.fromkeys((*row, scheme)))
+        for row, scheme in zip(plan.choices, schemes, strict=True)
+    )
+    columns = tuple(dict.fromkeys((*plan.menu, *schemes)))
+    if plan.engine:
+        pairs = zip(plan.layout.units, schemes, strict=True)
+        wrong = [(u.name, why) for u, s in pairs if (why := plan.engine.unit_refusal(u, s))]
+        if wrong:
+            raise ConfigError(
+                f"{plan.engine.name} can't serve the map: {wrong[0][0]}: {wrong[0][1]}"
+            )
+    table = weight_bytes.table(plan.layout, columns, plan.engine)
+    return replace(plan, choices=choices, menu=columns, bytes_table=table, times=None)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A map in a job.
+
+    Args:
+        plan: the job's, with the map's schemes.
+        base: the job's as it is.
+    """
+
+    plan: Plan
+    base: Plan
+    job: Job
+    schemes: Sequence[Scheme]
+    file: Path
+
+    def candidate(self, known: Sequence[Candidate]) -> Candidate:
+        """The map among the job's, numbered behind them if it is new."""
+        plan, base = self.plan, self.base
+        choice = np.array([plan.menu.index(scheme) for scheme in self.schemes], dtype=np.intp)
+        made = candidate_of(plan, self.job.id, choice, f"given: {self.file.name}", 0, GIVEN)
+        rows = np.flatnonzero(base.open_units)  # as for all other points of the job
+        taken = int(plan.bytes_table[rows, choice[rows]].sum())
+        made.average_bits = 8 * taken / base.quantizable_numel
+        made.point = 1 + max((c.point for c in known), default=0)
+        found = next((c for c in known if c.map_hash == made.map_hash), made)
+        found.finalist = True
+        return found
+
+
+def _measured(given: _Given, store: Store, address: str, progress: Progress) -> int:
+    """Measure the map on the job's texts; its point."""
+    base = given.base
+    candidate = given.candidate(candidates_of(store, given.job.id))
+    spec = spec_of(given.plan, os.environ.get("BITFRONT_CACHE"))
+    with open_pool(spec, address, None) as pool:
+        for outcome in pool.run([Task("prepare")]):
+            if outcome.error:
+                raise outcome.error
+        run = Run(base, store, pool, progress, given.job)
+        measure_reference(run)
+        for text, label in ((base.texts["search"], SEARCH), (base.texts["heldout"], HELDOUT)):
+            measure(run, [candidate], text, label)
+    if candidate.failure:
+        raise ConfigError(f"the map can't be measured: {candidate.failure}")
+    save_candidates(store, [candidate])
+    return candidate.point

@@ -1,0 +1,90 @@
+"""Targets that are checkpoint folders: the bank's bytes under another format's names.
+
+A target says how a matrix lies in its files and what the configuration tells; the rest is here.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engines.base import Export, Rules, Target
+from engines.checkpoint_files import write_checkpoint
+from engines.neutral_map import NeutralMap
+from engines.reload import check_bytes, check_losses, check_served
+from quantization.formats import Packed
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout
+
+if TYPE_CHECKING:
+    from quantization.bank import Bank
+
+
+class CheckpointTarget(Target):
+    """A checkpoint with a matrix's tensors under its module's name."""
+
+    needs_model = True
+    dtype = torch.bfloat16
+    """Of what isn't quantized."""
+
+    @property
+    @abstractmethod
+    def rules(self) -> Rules:
+        """What it can hold, and the bytes of that."""
+
+    @abstractmethod
+    def stored(self, packed: Packed) -> dict[str, Tensor]:
+        """The tensors of a quantized matrix, by their names behind the module's."""
+
+    @abstractmethod
+    def config_of(self, layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
+        """What the model's configuration says of the map."""
+
+    @abstractmethod
+    def load(self, export: Export, folder: Path) -> Any:
+        """What the target's own loader makes of the folder: a model of transformers."""
+
+    def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
+        """What else users should know, such as `serve`."""
+        return {}
+
+    def write(self, export: Export, folder: Path) -> None:
+        """See `Target.write`."""
+        assert export.evaluator is not None
+        bank, schemes = export.evaluator.bank, export.precision_map.schemes
+        check_served(self.rules, bank.checkpoint, bank.layout, schemes)
+        config = {"dtype": self.dtype, **self.config_of(bank.layout, schemes)}
+        metadata = self.metadata(bank.layout, schemes)
+        write_checkpoint(folder, bank.checkpoint, self._tensors(bank, schemes), config, metadata)
+        NeutralMap().write(export, folder)
+
+    def check(self, export: Export, folder: Path) -> dict[str, Any]:
+        """Count bytes, and compare the loss of what is loaded."""
+        written = check_bytes(export, self.rules, folder)
+        found = check_losses(export, self.load(export, folder))
+        return {**found, "weight_bytes": written, **self.remarks(export, folder)}
+
+    def metadata(self, layout: Layout, schemes: Sequence[Scheme]) -> Mapping[str, str]:
+        """What each file of tensors says of itself."""
+        return {}
+
+    def name_of(self, parameter: str, name: str) -> str:
+        """A tensor's name in the file."""
+        return f"{parameter.removesuffix('.weight')}.{name}"
+
+    def _tensors(self, bank: "Bank", schemes: Sequence[Scheme]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the checkpoint."""
+        for unit, scheme in zip(bank.layout.units, schemes, strict=True):
+            for site in unit.stored:
+                made = bank.packed_parameters(unit, scheme, site.parameter)
+                if scheme.weight == FULL_PRECISION:
+                    values = made.tensors["values"].view(torch.bfloat16).to(self.dtype)
+                    yield site.parameter, values.mT if site.transposed else values
+                    continue
+                for name, tensor in self.stored(made).items():
+                    yield self.name_of(site.parameter, name), tensor
+        for name, tensor in bank.rest().items():
+            yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor

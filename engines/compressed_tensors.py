@@ -1,0 +1,288 @@
+"""compressed-tensors checkpoints, which vLLM and SGLang load: our bytes under the library's names.
+
+Codes of integers are the same bit streams (padded to whole words a row), so nothing is quantized
+again. Zero points lie along the rows there, and NVFP4's tensor scale is a divisor.
+
+    intB-gG-bf16 (-asym), intB-channel-bf16 (-asym)     pack-quantized
+    fp8-e4m3, fp8-e4m3-channel                          float-quantized
+    nvfp4                                               nvfp4-pack-quantized
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import is_compressed_tensors_available
+
+from engines.base import Export
+from engines.checkpoint_files import assembled
+from engines.checkpoint_target import CheckpointTarget
+from engines.declared import Declared
+from engines.reload import reload
+from engines.words import as_words, word_bytes
+from quantization.errors import ExportError
+from quantization.formats import FORMATS, Packed
+from quantization.formats.elements import E4M3, SignedInteger
+from quantization.formats.scaled import WHOLE, Scaled
+from quantization.formats.scales import FP16, Rounded
+from quantization.packing import pack_bits, unpack_bits
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout
+
+SHAPE_BYTES = 16
+"""Of `weight_shape`: two 64-bit integers."""
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+PACKED, FLOAT, MIXED = "pack-quantized", "float-quantized", "mixed-precision"
+
+
+class CompressedTensors(Declared):
+    """What a runtime of compressed-tensors checkpoints serves, and their bytes."""
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """See `Rules.nbytes`."""
+        format = FORMATS[scheme.weight]
+        own = format.nbytes(shape)
+        if not isinstance(format, Scaled) or not isinstance(format.element, SignedInteger):
+            return own  # floats and full precision
+        rows, columns = shape
+        bits = format.element.bits
+        codes = rows * (word_bytes(columns * bits) - format.element.packed_bytes(columns))
+        if not format.asymmetric:
+            return own + codes + SHAPE_BYTES
+        groups = 1 if format.columns is WHOLE else -(-columns // format.columns)
+        zeros = groups * word_bytes(rows * bits) - rows * format.element.packed_bytes(groups)
+        return own + codes + zeros + SHAPE_BYTES
+
+
+class VLLM(CompressedTensors):
+    """vLLM."""
+
+    def __init__(self) -> None:
+        super().__init__("vllm")
+
+
+class Library(CompressedTensors):
+    """Whatever the compressed-tensors library unpacks."""
+
+    def __init__(self) -> None:
+        super().__init__("compressed-tensors")
+
+
+class CompressedTensorsFiles(CheckpointTarget):
+    """Writes the checkpoint, and reads it back with transformers and the library itself."""
+
+    name = "compressed-tensors"
+    engine = "compressed-tensors"
+    rules = Library()
+
+    def stored(self, packed: Packed) -> dict[str, Tensor]:
+        """See `CheckpointTarget.stored`."""
+        return stored(packed)
+
+    def config_of(self, layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
+        """See `CheckpointTarget.config_of`."""
+        return {"quantization_config": config_of(layout, schemes)}
+
+    def load(self, export: Export, folder: Path) -> Any:
+        """transformers, or the library alone where there are zero points.
+
+        transformers (5.23) can't place packed zero points: its skeleton has them unpacked.
+
+        Raises:
+            ExportError: the library isn't installed.
+        """
+        if not is_compressed_tensors_available():
+            raise ExportError(
+                "the export is read back with compressed-tensors: pip install 'bitfront[export]'"
+            )
+        assert export.evaluator is not None
+        if _has_zeros(export):
+            return load_dense(folder, export.evaluator.bank.dtype)
+        model = reload(export, folder, torch.bfloat16)
+        model(torch.zeros((1, 1), dtype=torch.long))  # decompresses, in its first pass
+        return model.to(export.evaluator.bank.dtype)
+
+    def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
+        """How to serve it, or which units vLLM has no kernels for."""
+        vllm = VLLM()
+        assert export.evaluator is not None
+        units = zip(export.evaluator.bank.layout.units, export.precision_map.schemes, strict=True)
+        refused = [unit.name for unit, scheme in units if vllm.unit_refusal(unit, scheme)]
+        loader = "compressed-tensors" if _has_zeros(export) else "transformers"
+        serve = None if refused else "vllm serve DIR"
+        return {"serve": serve, "not_in_vllm": refused, "loader": loader}
+
+
+def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a folder, each matrix decompressed by the library under its own group."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    described = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(described)
+    groups = {name: group for group in config.config_groups.values() for name in group.targets}
+
+    def value_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        module = name.removesuffix(".weight")
+        group = groups[module]
+        compressor = BaseCompressor.get_value_from_registry(group.format or config.format)
+        names = compressor.compression_param_names(group)
+        parts = {key: tensors[f"{module}.{key}"] for key in names}
+        values: Tensor = compressor.decompress(parts, group)["weight"]
+        return values.to(dtype)
+
+    return assembled(folder, dtype, value_of, is_plain=lambda t: t.dtype != torch.float8_e4m3fn)
+
+
+def _has_zeros(export: Export) -> bool:
+    formats = (FORMATS[scheme.weight] for scheme in export.precision_map.schemes)
+    return any(isinstance(format, Scaled) and format.asymmetric for format in formats)
+
+
+def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
+    """The checkpoint's `quantization_config`: a group a format, its matrices by their names."""
+    groups: dict[str, list[str]] = {}
+    ignored: list[str] = []
+    for unit, scheme in zip(layout.units, schemes, strict=True):
+        names = [site.name for site in unit.sites]
+        if scheme.weight == FULL_PRECISION:
+            ignored += names if unit.kind != "embedding" else []
+        else:
+            groups.setdefault(scheme.weight, []).extend(names)
+    found = {
+        f"group_{number}": {
+            "targets": names,
+            "weights": arguments_of(format),
+            "input_activations": None,
+            "output_activations": None,
+            "format": _compression(FORMATS[format]),
+        }
+        for number, (format, names) in enumerate(groups.items())
+    }
+    kinds = {group["format"] for group in found.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": kinds.pop() if len(kinds) == 1 else MIXED,
+        "config_groups": found,
+        "ignore": [*ignored, *(kept.name for kept in layout.kept)],
+        "kv_cache_scheme": None,
+    }
+
+
+def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """Undo `config_of`, and read other people's configurations: the format of each module.
+
+    Args:
+        config: a `quantization_config` of compressed-tensors.
+        names: the model's linear modules.
+
+    Raises:
+        ExportError: a group that no format of ours stands for.
+    """
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
+
+    read = QuantizationConfig.model_validate(dict(config))
+    found = dict.fromkeys(names, FULL_PRECISION)
+    for group in read.config_groups.values():
+        assert not isinstance(group, list)
+        format = format_of(group.weights.model_dump() if group.weights else None)
+        for name in names:
+            ignored = any(match_name(name, pattern) for pattern in read.ignore or [])
+            chosen = any(t == "Linear" or match_name(name, t) for t in group.targets)
+            if chosen and not ignored:
+                found[name] = format
+    return found
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """compressed-tensors' `QuantizationArgs` of a format.
+
+    Raises:
+        ExportError: it has none.
+    """
+    format = FORMATS[name]
+    if not isinstance(format, Scaled) or not _known(format):
+        raise ExportError(f"compressed-tensors has no word for {name}")
+    if format.name == "nvfp4":
+        return {**NVFP4, "symmetric": True}
+    strategy = (
+        "tensor" if format.rows is WHOLE else "channel" if format.columns is WHOLE else "group"
+    )
+    return {
+        "num_bits": format.element.bits,
+        "type": "int" if isinstance(format.element, SignedInteger) else "float",
+        "symmetric": not format.asymmetric,
+        "strategy": strategy,
+        "group_size": format.columns if strategy == "group" else None,
+    }
+
+
+def format_of(arguments: Mapping[str, Any] | None) -> str:
+    """Undo `arguments_of`, scales in bfloat16 where there is a choice.
+
+    Raises:
+        ExportError: no format of ours is that.
+    """
+    if arguments is None:
+        return FULL_PRECISION
+    keys = ("num_bits", "type", "symmetric", "strategy", "group_size")
+    wanted = {key: arguments.get(key) for key in keys}
+    if wanted["strategy"] in ("tensor", "channel"):
+        wanted["group_size"] = None
+    for name in FORMATS:
+        format = FORMATS[name]
+        if isinstance(format, Scaled) and _known(format) and format.scale != FP16:
+            own = arguments_of(name)
+            if {key: own.get(key) for key in keys} == wanted:
+                return name
+    raise ExportError(f"no format here stands for compressed-tensors' {wanted}")
+
+
+def _known(format: Scaled) -> bool:
+    """Whether the checkpoint can hold it."""
+    if format.name == "nvfp4" or (format.element is E4M3 and format.rows in (1, WHOLE)):
+        return format.columns is WHOLE or format.name == "nvfp4"
+    return (
+        isinstance(format.element, SignedInteger)
+        and isinstance(format.scale, Rounded)
+        and not format.real_zeros
+    )
+
+
+def _compression(format: Any) -> str:
+    if format.name == "nvfp4":
+        return "nvfp4-pack-quantized"
+    return PACKED if isinstance(format.element, SignedInteger) else FLOAT
+
+
+def stored(packed: Packed) -> dict[str, Tensor]:
+    """The tensors of one matrix by the library's names."""
+    format, tensors = FORMATS[packed.format], packed.tensors
+    assert isinstance(format, Scaled)
+    if format.name == "nvfp4":
+        return {
+            "weight_packed": tensors["codes"],
+            "weight_scale": tensors["scales"],
+            "weight_global_scale": 1 / tensors["tensor_scale"].reshape(1),
+        }
+    if not isinstance(format.element, SignedInteger):
+        scales = tensors["scales"]
+        return {
+            "weight": tensors["codes"].view(torch.float8_e4m3fn),
+            "weight_scale": scales.reshape(1) if format.rows is WHOLE else scales,
+        }
+    bits = format.element.bits
+    found = {
+        "weight_packed": as_words(tensors["codes"]),
+        "weight_scale": tensors["scales"],
+        "weight_shape": torch.tensor(packed.shape),
+    }
+    if format.asymmetric:
+        zeros = unpack_bits(tensors["zeros"], bits, tensors["scales"].shape[-1])
+        found["weight_zero_point"] = as_words(pack_bits(zeros.mT.contiguous(), bits)).mT
+    return found

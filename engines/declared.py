@@ -1,0 +1,131 @@
+"""What other people's runtimes load, as data: `configs/engines/*.yaml`, checked.
+
+The search, the cost models and the exporters all ask the same rules. A runtime that no file of
+this room times is nothing but its YAML and the bytes of what is written for it.
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engines.base import Rules
+from quantization.errors import BitfrontError
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Site, UnitKind
+
+Divisor = Annotated[int, Field(ge=1)]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Served(_Closed):
+    """Formats that a runtime has kernels for.
+
+    Args:
+        formats: a pattern of weight formats, or `weights/activations`.
+        rows: what the outputs of a matrix must divide by.
+        columns: what the inputs must divide by.
+        remark: which kernel, or what it costs.
+    """
+
+    formats: str
+    rows: Divisor = 1
+    columns: Divisor = 1
+    remark: str | None = None
+
+    def matches(self, scheme: Scheme) -> bool:
+        """Whether it speaks of the scheme."""
+        weights, _, activations = self.formats.partition("/")
+        return fnmatchcase(scheme.weight, weights) and fnmatchcase(
+            scheme.activation, activations or FULL_PRECISION
+        )
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Why a matrix of that shape has no such kernel, or None."""
+        rows, columns = shape
+        for count, divisor, what in ((rows, self.rows, "rows"), (columns, self.columns, "columns")):
+            if count % divisor:
+                return f"{count} {what} don't divide by {divisor}"
+        return None
+
+
+class Runtime(_Closed):
+    """A runtime's rules.
+
+    Args:
+        version: of which the rules were read.
+        fuses: whether the sites of a unit are one matrix to it.
+        formats: what it serves beside full precision; of several that match, any will do.
+        kept: kinds of units that stay in full precision, and why.
+        cache: formats that its KV cache can be kept in.
+        sources: where the rules come from.
+    """
+
+    name: str
+    title: str
+    version: str
+    fuses: bool
+    formats: tuple[Served, ...]
+    kept: dict[UnitKind, str] = {}
+    cache: tuple[str, ...] = (FULL_PRECISION,)
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+@cache
+def load_runtime(name: str) -> Runtime:
+    """The rules of `configs/engines/NAME.yaml`.
+
+    Raises:
+        BitfrontError: the file is not there, or wrong.
+    """
+    file = files("configs").joinpath("engines", f"{name}.yaml")
+    try:
+        return Runtime.model_validate(yaml.safe_load(file.read_text()))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise BitfrontError(f"configs/engines/{name}.yaml can't be used: {error}") from error
+
+
+class Declared(Rules):
+    """The rules of a runtime that is declared in a file of its name."""
+
+    def __init__(self, name: str) -> None:
+        self.runtime = load_runtime(name)
+        self.name = name
+
+    @property
+    def fuses(self) -> bool:  # type: ignore[override]
+        """See `Rules.fuses`."""
+        return self.runtime.fuses
+
+    @property
+    def kept(self) -> Mapping[UnitKind, str]:  # type: ignore[override]
+        """See `Rules.kept`."""
+        return self.runtime.kept
+
+    def refusal(self, site: Site, scheme: Scheme) -> str | None:
+        """See `Rules.refusal`."""
+        from quantization.formats import FORMATS
+
+        if scheme == Scheme(FULL_PRECISION):
+            return None
+        if len(site.shape) != 2 or site.transposed:
+            return "packed experts and transposed weights aren't written for it yet"
+        known = [served for served in self.runtime.formats if served.matches(scheme)]
+        if not known:
+            offered = ", ".join(served.formats for served in self.runtime.formats)
+            return f"{self.runtime.title} has no kernel for {scheme.name}; it has {offered}"
+        reasons = [served.refusal(site.shape) for served in known]
+        if None not in reasons:
+            return f"{scheme.name}: {reasons[0]}, as {self.runtime.title}'s kernel needs"
+        return FORMATS[scheme.weight].refusal(site.shape)
+
+    def stored_as(self, site: Site, scheme: Scheme) -> Any:
+        """The kernel's remark, for people; None without one."""
+        return next((s.remark for s in self.runtime.formats if s.matches(scheme)), None)

@@ -1,0 +1,56 @@
+"""What many tools can be told: integers of some bits in groups, for each module by name."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from quantization.errors import ExportError
+from quantization.formats import FORMATS
+from quantization.formats.elements import SignedInteger
+from quantization.formats.scaled import Scaled
+from quantization.formats.scales import Rounded
+from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.units import Layout
+
+
+def integer(name: str) -> Scaled:
+    """The format of that name.
+
+    Raises:
+        ExportError: it isn't integers under plain scales.
+    """
+    format = FORMATS[name]
+    if (
+        not isinstance(format, Scaled)
+        or not isinstance(format.element, SignedInteger)
+        or not isinstance(format.scale, Rounded)
+        or format.real_zeros
+    ):
+        raise ExportError(f"{name} is no format of integers under plain scales")
+    return format
+
+
+def group_of(format: Scaled, columns: int) -> int:
+    """Columns that share a scale."""
+    return format.columns or columns
+
+
+def named(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, str]:
+    """The format of each module that is multiplied: embeddings are looked up."""
+    return {
+        site.name: scheme.weight
+        for unit, scheme in zip(layout.units, schemes, strict=True)
+        for site in unit.sites
+        if unit.kind != "embedding"
+    }
+
+
+def most_common(formats: Mapping[str, str]) -> str:
+    """The quantized format that most modules have.
+
+    Raises:
+        ExportError: all are in full precision.
+    """
+    counts = Counter(format for format in formats.values() if format != FULL_PRECISION)
+    if not counts:
+        raise ExportError("the map quantizes nothing; export it to safetensors")
+    return counts.most_common(1)[0][0]

@@ -1,0 +1,92 @@
+"""Somebody else's map on our front."""
+
+import json
+
+import pytest
+
+from bitfront.applying import apply
+from bitfront.config import ConfigError
+from bitfront.exporting import export_point
+from bitfront.fronts import load_front
+from bitfront.pipeline import run_search
+from bitfront.plan import make_plan
+from bitfront.progress import Silent
+from quantization.errors import ModelError
+from store.database import Store
+from store.queries import find_job
+from tests.bitfront.test_pipeline import small_config
+from workers.pool import InProcessPool
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folders):
+    return tiny_folders("llama")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(f"sqlite:///{tmp_path_factory.mktemp('applying')}/s.sqlite").open()
+
+
+@pytest.fixture(scope="module")
+def job(folder, store):
+    return run_search(make_plan(small_config(folder)), store, InProcessPool, Silent())
+
+
+def linears(store, job):
+    layout = load_front(store, find_job(store, job)).model.layout
+    return [s["name"] for u in layout["units"] for s in u["sites"] if u["layer"] is not None]
+
+
+def test_a_map_of_known_formats_is_the_point_that_it_is(store, job, folder, tmp_path):
+    """A uniform map was measured before: the same point, the same loss."""
+    front = load_front(store, find_job(store, job))
+    control = next(p for p in front.points if p.control == "uniform")
+    format = next(iter({*front.candidates[control.id].schemes} - {"bf16"}))
+    file = tmp_path / "uniform.json"
+    file.write_text(json.dumps(dict.fromkeys(linears(store, job), format)))
+    found, number = apply(store, file, str(folder), None, "none", None)
+    assert (found.job.id, number) == (job, control.id)
+    assert found.point(number).kl == control.kl
+
+
+def test_formats_outside_the_menu_become_a_point_that_can_be_exported(store, job, folder, tmp_path):
+    file = tmp_path / "foreign.json"
+    file.write_text(json.dumps(dict.fromkeys(linears(store, job), "nf4-g32")))
+    before = {p.id for p in load_front(store, find_job(store, job)).points}
+    found, number = apply(store, file, str(folder), job, "none", None)
+    point = found.point(number)
+    assert number not in before
+    assert point.control == "given"
+    assert point.average_bits == pytest.approx(4.5, abs=0.1)
+    assert any(f"point {number})" in finding for finding in found.findings)
+    written = export_point(store, found, number, ["safetensors", "packed"], tmp_path / "out", False)
+    assert [w["folder"] for w in written] == [
+        str(tmp_path / "out" / t) for t in ("safetensors", "packed")
+    ]
+    assert written[1]["weight_bytes"] == point.weight_bytes == written[1]["predicted_bytes"]
+    again, same = apply(store, file, str(folder), job, "none", None)
+    assert same == number
+    assert len(again.points) == len(found.points)
+
+
+def test_without_a_job_one_begins_for_the_maps_engine(store, folder, tmp_path):
+    file = tmp_path / "types.txt"
+    file.write_text(".*attn_q.*=q8_0\n.*=q4_0\n")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{i % 977} is number {i}" for i in range(60_000)))
+    front, number = apply(store, file, str(folder), None, "none", str(text))
+    assert front.job.config["serving"]["engine"] == "llama.cpp"
+    schemes = front.candidates[number].schemes
+    assert {"gguf-q8_0", "gguf-q4_0"} == set(schemes)
+
+
+def test_other_models_and_divided_units_are_refused(store, job, folder, tiny_folders, tmp_path):
+    file = tmp_path / "m.json"
+    names = linears(store, job)
+    file.write_text(json.dumps(dict.fromkeys(names, 4)))
+    with pytest.raises(ConfigError, match="is of another model"):
+        apply(store, file, str(tiny_folders("qwen3")), job, "none", None)
+    file.write_text(json.dumps({**dict.fromkeys(names, 4), names[0]: 8}))
+    with pytest.raises(ModelError, match="which this job decides as one"):
+        apply(store, file, str(folder), job, "none", None)

@@ -1,0 +1,204 @@
+"""Checkpoints of other formats: predicted bytes, the measured loss, and the map read back."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines import Export, compressed_tensors, gptq, load_engine, load_target, mlx
+from engines.checkpoint_files import tensor_bytes
+from engines.packed_checkpoint import load_packed
+from engines.regular import named
+from engines.reload import check_served, predicted_bytes
+from evaluation.evaluator import Evaluator
+from quantization.adapter import describe
+from quantization.errors import ExportError
+from quantization.formats import FORMATS
+from quantization.kernels.packed_weight import PackedWeight
+from quantization.precision_map import ModelEntry, build_map
+from quantization.schemes import Scheme
+from tests.conftest import choices_of
+from tests.engines.test_exports import CHUNKS
+
+FLOAT = "fp8-e4m3-channel"
+MENUS = {
+    "packed": ["int3-g32-asym", "nf4-g32", "gguf-q4_0", "bf16"],
+    "compressed-tensors": [
+        "int4-g32-bf16", "int3-g32-asym-bf16", "int8-channel-bf16", "int5-channel-asym-bf16",
+        "fp8-e4m3-channel", "fp8-e4m3", "nvfp4", "bf16",
+    ],
+    "compressed-tensors, symmetric": ["int4-g32-bf16", "int8-channel-bf16", FLOAT, "nvfp4", "bf16"],
+    "torchao": ["int4-g32-bf16", "int3-channel-bf16", "int8-channel-bf16", FLOAT, "bf16"],
+    "gptq": ["int4-g32", "int3-g32", "int2-g32", "int8-channel", "bf16"],
+    "mlx": ["int4-g32-bf16", "int3-g32-bf16", "int5-g32-bf16", "int6-g32-bf16", "bf16"],
+}  # fmt: skip
+
+
+def mixed_export(bank, menu):
+    """Each unit in another format, in turns; embedding and head alone."""
+    names = [s.name for s in map(Scheme.parse, menu)]
+    inner = [unit for unit in bank.layout.units if unit.layer is not None]
+    chosen = {unit.name: names[i % len(names)] for i, unit in enumerate(inner)}
+    pairs = [(chosen.get(unit.name, "bf16"), "bf16") for unit in bank.layout.units]
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    entry = ModelEntry(name="tiny", weights_hash="0" * 64)
+    schemes = [Scheme(*pair) for pair in pairs]
+    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    return Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl)
+
+
+@pytest.fixture
+def export_to(make_bank):
+    def made(target, family="llama"):
+        bank = make_bank(family)
+        bank.build(choices_of(bank.layout, [Scheme.parse(name) for name in MENUS[target]]))
+        return mixed_export(bank, MENUS[target])
+
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
+@pytest.mark.parametrize("name", MENUS)
+def test_what_is_loaded_has_the_measured_loss_and_the_predicted_bytes(
+    export_to, tmp_path, name, family
+):
+    """Tied heads and biases included."""
+    export, target = export_to(name, family), load_target(name.split(",")[0])
+    target.write(export, tmp_path)
+    found = target.check(export, tmp_path)
+    assert found["reloaded_kl"] == pytest.approx(export.measured_kl, rel=0.02, abs=2e-4)
+    assert found.get("loader") == {
+        "compressed-tensors": "compressed-tensors", "compressed-tensors, symmetric": "transformers",
+    }.get(name, found.get("loader"))  # fmt: skip
+    bank = export.evaluator.bank
+    rules, schemes = load_engine(target.engine), export.precision_map.schemes
+    assert found["weight_bytes"] == tensor_bytes(tmp_path)
+    assert found["weight_bytes"] == predicted_bytes(rules, bank.checkpoint, bank.layout, schemes)
+
+
+@pytest.mark.parametrize(
+    "name", ["compressed-tensors", "compressed-tensors, symmetric", "torchao", "gptq", "mlx"]
+)
+def test_the_values_are_the_candidates(export_to, tmp_path, name):
+    """Not only as good: the same numbers, but for bfloat16 where the library computes in it."""
+    export, target = export_to(name), load_target(name.split(",")[0])
+    target.write(export, tmp_path)
+    model = target.load(export, tmp_path)
+    model(torch.tensor([[1, 2]]))  # compressed-tensors decompresses in the first pass
+    bank = export.evaluator.bank
+    # the libraries compute in bfloat16: one rounding, or one for each of scale, scale and product
+    close = {"gptq": 0.0, "mlx": 0.0, "compressed-tensors, symmetric": 2**-7}.get(name, 2**-8)
+    for unit, scheme in zip(bank.layout.units, export.precision_map.schemes, strict=True):
+        if scheme == Scheme("bf16"):
+            continue
+        for site in unit.stored:
+            own = bank.tensors(unit, scheme)[site.parameter]
+            loaded = model.get_parameter(site.parameter).float()
+            torch.testing.assert_close(loaded, own.float(), rtol=close, atol=0.0)
+
+
+@pytest.mark.parametrize("name", MENUS)
+def test_a_file_that_computes_something_else_is_refused(export_to, tmp_path, name):
+    export, target = export_to(name), load_target(name.split(",")[0])
+    target.write(export, tmp_path)
+    object.__setattr__(export, "measured_kl", 2 * export.measured_kl)
+    with pytest.raises(ExportError, match="nothing was exported"):
+        target.check(export, tmp_path)
+
+
+def test_our_own_checkpoint_stays_packed(export_to, tmp_path):
+    export = export_to("packed")
+    load_target("packed").write(export, tmp_path)
+    model = load_packed(tmp_path, torch.float32)
+    weights = [p for p in model.parameters() if isinstance(p.data, PackedWeight)]
+    packed = [s for s in export.precision_map.schemes if s != Scheme("bf16")]
+    assert len(weights) >= len(packed) > 0
+    assert {w.data.packed.format for w in weights} == {s.weight for s in packed}
+
+
+def test_fused_layers_that_differ_are_refused(llama):
+    """A map of an engine that fuses nothing may divide what this target loads as one."""
+    layout = describe(llama).split()
+    of = {None: "bf16", **dict.fromkeys(range(2), "int8-channel")}
+    schemes = [Scheme("int4-g32" if "q_proj" in u.name else of[u.layer]) for u in layout.units]
+    with pytest.raises(ExportError, match=r"q_proj\+k_proj\+v_proj: one matrix, which can't be in"):
+        check_served(gptq.GPTQ(), llama, layout, schemes)
+
+
+def test_refusals_name_units_and_reasons(llama):
+    layout = describe(llama)
+    schemes = [Scheme("bf16" if u.layer is None else "int3-g32-asym") for u in layout.units]
+    with pytest.raises(ExportError, match=r"q_proj.*has no kernel for int3-g32-asym; it has int4"):
+        check_served(load_engine("vllm"), llama, layout, schemes)
+
+
+def test_vllm_needs_its_kernels_shapes(llama):
+    vllm, layout = load_engine("vllm"), describe(llama)
+    site = layout.units[1].stored[0]
+    assert "64 columns don't divide by 128" in vllm.refusal(site, Scheme("int4-g64-bf16"))
+    assert vllm.refusal(site, Scheme("bf16")) is None
+    head = next(unit for unit in layout.units if unit.kind == "head")
+    assert "full precision" in vllm.unit_refusal(head, Scheme("int4-g64-bf16"))
+
+
+NAMES = [f"model.layers.{i}.mlp.{w}_proj" for i in range(3) for w in ("up", "down")]
+
+
+def maps(names):
+    return st.lists(st.sampled_from(names), min_size=len(NAMES), max_size=len(NAMES)).filter(
+        lambda chosen: set(chosen) != {"bf16"}
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_configurations_read_back_as_the_map(data):
+    """GPTQ's `dynamic`, MLX's layers and compressed-tensors' groups, through its own library."""
+    for module, menu in ((gptq, "gptq"), (mlx, "mlx")):
+        chosen = dict(zip(NAMES, data.draw(maps(MENUS[menu])), strict=True))
+        config = json.loads(json.dumps(module.config_of(chosen)))
+        assert module.formats_of(config, NAMES) == chosen
+
+
+@settings(max_examples=10, deadline=None)
+@given(maps(MENUS["compressed-tensors"]))
+def test_compressed_tensors_reads_back_as_the_map(llama, chosen):
+    pytest.importorskip("compressed_tensors")
+    layout = describe(llama)
+    units = [unit for unit in layout.units if unit.layer is not None][: len(chosen)]
+    of = dict(zip((unit.name for unit in units), chosen, strict=False))
+    schemes = [Scheme(of.get(unit.name, "bf16")) for unit in layout.units]
+    config = json.loads(json.dumps(compressed_tensors.config_of(layout, schemes)))
+    names = [s.name for u in layout.units for s in u.sites if u.kind != "embedding"]
+    wanted = {
+        site.name: scheme.weight
+        for unit, scheme in zip(layout.units, schemes, strict=True)
+        for site in unit.sites
+        if unit.kind != "embedding"
+    }
+    assert compressed_tensors.formats_of(config, names) == wanted
+
+
+@settings(max_examples=10, deadline=None)
+@given(maps(MENUS["torchao"]))
+def test_torchao_reads_back_as_the_map(llama, chosen):
+    pytest.importorskip("torchao")
+    from engines import torchao
+
+    layout = describe(llama)
+    units = [unit for unit in layout.units if unit.layer is not None][: len(chosen)]
+    of = dict(zip((unit.name for unit in units), chosen, strict=False))
+    schemes = [Scheme(of.get(unit.name, "bf16")) for unit in layout.units]
+    config = load_target("torchao").config_of(layout, schemes)["quantization_config"]
+    wanted = named(layout, schemes)
+    assert torchao.formats_of(json.loads(json.dumps(config)), list(wanted)) == wanted
+
+
+def test_every_declared_pattern_names_a_format():
+    for name in ("vllm", "compressed-tensors", "torchao", "gptq", "mlx"):
+        for served in load_engine(name).runtime.formats:
+            known = [f for f in FORMATS if served.matches(Scheme(f))]
+            assert known, f"{name}: {served.formats} stands for nothing"

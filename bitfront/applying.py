@@ -6,7 +6,7 @@ measured on that job's texts with its quantizer. Without a job it begins one.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from bitfront.console import errors
 from bitfront.demo import demo_model
 from bitfront.fronts import Front, load_front
 from bitfront.pipeline import HELDOUT, SEARCH, measure, measure_reference, open_planned, spec_of
-from bitfront.plan import Plan, make_plan, plan_again
+from bitfront.plan import Plan, admitting, make_plan, plan_again
 from bitfront.progress import Lines, Progress, RichProgress
 from bitfront.proposals import candidate_of
 from bitfront.run import Run
 from bitfront.searching import open_pool
-from cost_models import weight_bytes
 from engines.foreign import Foreign, read_map
 from quantization.adapter import describe
 from quantization.checkpoints import resolve
-from quantization.errors import ModelError
+from quantization.errors import BitfrontError, ModelError
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
 from store.database import Store
@@ -70,11 +69,16 @@ def apply(
         else make_plan(load_config(model, None, _overrides(foreign, text)))
     )
     schemes = _schemes(base.layout, foreign, file)
-    plan = _with(base, schemes)
-    with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
-        job = known or open_planned(base, store)
-        run = _Given(plan, base, job, schemes, file)
-        point = _measured(run, store, address, progress)
+    _check_served(base, schemes)
+    job = known or open_planned(base, store)
+    given = _Given(admitting(base, schemes), base, job, schemes, file)
+    try:
+        with (RichProgress if errors.is_terminal else Lines)(errors) as progress:
+            point = _measured(given, store, address, progress)
+    except BitfrontError as error:
+        if not known:
+            update_job(store, job.id, state="failed", error=str(error))
+        raise
     if not known:
         update_job(store, job.id, state="done")
     return load_front(store, find_job(store, job.id)), point
@@ -86,6 +90,8 @@ def _job(store: Store, number: int | None, weights_hash: str, foreign: Foreign) 
         job = find_job(store, number)
         if job.weights_hash != weights_hash:
             raise ConfigError(f"job {job.id} is of another model; leave --job out for a new one")
+        if job.state != "done":
+            raise ConfigError(f"job {job.id} is not done; run its search to the end first")
         return job
     for job, _ in list_jobs(store):
         engine = (job.config.get("serving") or {}).get("engine")
@@ -120,22 +126,12 @@ def _schemes(layout: Layout, foreign: Foreign, file: Path) -> list[Scheme]:
     return schemes
 
 
-def _with(plan: Plan, schemes: Sequence[Scheme]) -> Plan:
-    """The plan with what the map chose beside what its menu allows."""
-    choices = tuple(
-        tuple(dict.fromkeys((*row, scheme)))
-        for row, scheme in zip(plan.choices, schemes, strict=True)
-    )
-    columns = tuple(dict.fromkeys((*plan.menu, *schemes)))
-    if plan.engine:
-        pairs = zip(plan.layout.units, schemes, strict=True)
-        wrong = [(u.name, why) for u, s in pairs if (why := plan.engine.unit_refusal(u, s))]
-        if wrong:
-            raise ConfigError(
-                f"{plan.engine.name} can't serve the map: {wrong[0][0]}: {wrong[0][1]}"
-            )
-    table = weight_bytes.table(plan.layout, columns, plan.engine)
-    return replace(plan, choices=choices, menu=columns, bytes_table=table, times=None)
+def _check_served(plan: Plan, schemes: Sequence[Scheme]) -> None:
+    if plan.engine is None:
+        return
+    for unit, scheme in zip(plan.layout.units, schemes, strict=True):
+        if why := plan.engine.unit_refusal(unit, scheme):
+            raise ConfigError(f"{plan.engine.name} can't serve the map: {unit.name}: {why}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ UNPROVEN = ("fisher", "fisher-quantized")
 """What scores where no audit of the model has been: see benchmarks/results."""
 
 
-ENGINE_MENUS = {"llama.cpp": "gguf", "vllm": "vllm", "compressed-tensors": "compressed-tensors"}
+ENGINE_MENUS = {
+    "llama.cpp": "gguf",
+    **{name: name for name in ("vllm", "compressed-tensors", "torchao", "gptq", "mlx")},
+}
 """What an engine's jobs choose from where nothing else is asked for."""
 
 

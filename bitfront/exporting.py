@@ -32,7 +32,7 @@ def export_point(
         ExportError: no such point, the folder is taken, the target doesn't serve the map, it can't
             be written, or the reload differs.
     """
-    targets = [load_target(name) for name in dict.fromkeys(target_names)]
+    targets = [load_target(name.strip()) for name in dict.fromkeys(target_names)]
     point = front.point(number)
     if point is None:
         known = ", ".join(map(str, sorted(p.id for p in front.points))) or "none"
@@ -118,6 +118,7 @@ def _write_checked(
         if not folder.exists() or not any(folder.iterdir()):
             work.replace(folder)
         else:
+            _clear(folder, {file.name for file in work.iterdir()})
             for file in work.iterdir():
                 os.replace(file, folder / file.name)
     except (OSError, SafetensorError) as error:
@@ -125,6 +126,13 @@ def _write_checked(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return found
+
+
+def _clear(folder: Path, new: set[str]) -> None:
+    """Take away weights of another layout, which loaders would prefer to the new ones."""
+    for file in folder.iterdir():
+        if file.name not in new and file.name.endswith((".safetensors", ".safetensors.index.json")):
+            file.unlink()
 
 
 def _precision_map(front: Front, point: Point) -> PrecisionMap:
@@ -162,10 +170,11 @@ def _formats(scheme: str) -> tuple[str, str]:
 def _with_model(store: Store, front: Front, point: Point, precision_map: PrecisionMap) -> Export:
     """Rebuild the candidate from the bank, and find the chunks that it was measured on."""
     from bitfront.pipeline import spec_of
-    from bitfront.plan import plan_again
+    from bitfront.plan import admitting, plan_again
     from workers.session import Session
 
     plan = plan_again(front.job, front.model)
+    plan = admitting(plan, precision_map.schemes)  # a given map may go beyond the menu
     spec = replace(spec_of(plan, None), threads=os.cpu_count() or 1)
     session = Session(spec)
     text = plan.texts["heldout"]

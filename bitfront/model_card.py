@@ -115,10 +115,12 @@ def _again(front: Front, point: Point, target: str) -> str:
     """The job as it was asked for."""
     config = {k: v for k, v in front.job.config.items() if k != "model"}
     model = front.job.config["model"]
+    given = point.control == "given"  # somebody else's map: no search finds it
     return "\n".join([
         "## Again\n",
         "```",
         f"bitfront search {model} --config job.yaml",
+        *([f"bitfront apply precision_map.json {model}"] if given else []),
         f"bitfront export --point {point.id} --to {target} -o DIR",
         "```\n",
         "`job.yaml`:\n",

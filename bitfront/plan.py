@@ -3,6 +3,7 @@
 `bitfront search --dry-run` prints it; it loads no weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -314,6 +315,15 @@ def plan_again(job: Job, model: Model) -> Plan:
             f"{job.facts['quantizer']}, and this would be {plan.quantizer}; search again"
         )
     return plan
+
+
+def admitting(plan: Plan, schemes: Sequence[Scheme]) -> Plan:
+    """The plan with a map's schemes (one a unit) beside what its menu allows."""
+    pairs = zip(plan.choices, schemes, strict=True)
+    choices = tuple(tuple(dict.fromkeys((*row, scheme))) for row, scheme in pairs)
+    columns = tuple(dict.fromkeys((*plan.menu, *schemes)))
+    table = weight_bytes.table(plan.layout, columns, plan.engine)
+    return replace(plan, choices=choices, menu=columns, bytes_table=table, times=None)
 
 
 def _imported(config: JobConfig, plan: Plan) -> Imported | None:

@@ -4,6 +4,7 @@ Tensors come one at a time and go out a file at a time: a model is never in memo
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantization.checkpoints import Checkpoint, load_config, load_tokenizer, readable
+from quantization.errors import ModelError
 from quantization.weights import skeleton
 
 FILE_BYTES = 4 * 10**9
+BESIDE = ("*.py", "generation_config.json")
+"""What a model's own code and its way of ending need."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -46,6 +50,9 @@ def write_checkpoint(
     with readable(str(folder)):
         described.save_pretrained(folder)
         load_tokenizer(checkpoint).save_pretrained(folder)
+    for pattern in BESIDE:
+        for file in Path(checkpoint.folder).glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def assembled(
@@ -64,6 +71,9 @@ def assembled(
         value_of: makes a parameter of that name, of which the folder has no plain tensor.
         is_plain: whether a tensor that is called like a parameter is its values.
         trust_remote_code: run the folder's own code.
+
+    Raises:
+        ModelError: a parameter of another shape than the model's.
     """
     tensors: dict[str, Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
@@ -74,6 +84,11 @@ def assembled(
         plain = tensors.get(name)
         is_value = plain is not None and is_plain(plain)
         value = plain.to(dtype) if plain is not None and is_value else value_of(name, tensors)
+        if value.shape != parameter.shape:
+            raise ModelError(
+                f"{name} is {tuple(value.shape)} in '{folder}', and the model's configuration makes "
+                f"it {tuple(parameter.shape)}"
+            )
         _place(module, parameter, nn.Parameter(value, requires_grad=False))
     for name, buffer in module.named_buffers():
         if name in tensors:

@@ -15,6 +15,7 @@ from engines.base import Export, Rules, Target
 from engines.checkpoint_files import write_checkpoint
 from engines.neutral_map import NeutralMap
 from engines.reload import check_bytes, check_losses, check_served
+from quantization.errors import BitfrontError, ExportError
 from quantization.formats import Packed
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
@@ -29,6 +30,8 @@ class CheckpointTarget(Target):
     needs_model = True
     dtype = torch.bfloat16
     """Of what isn't quantized."""
+    experts = False
+    """Whether it can hold experts under the names that transformers gives them in memory."""
 
     @property
     @abstractmethod
@@ -56,6 +59,11 @@ class CheckpointTarget(Target):
         assert export.evaluator is not None
         bank, schemes = export.evaluator.bank, export.precision_map.schemes
         check_served(self.rules, bank.checkpoint, bank.layout, schemes)
+        if not self.experts and any(unit.kind == "experts" for unit in bank.layout.units):
+            raise ExportError(
+                f"mixtures of experts aren't written for {self.name} yet, whose loaders want each "
+                "expert by itself; export to packed or safetensors"
+            )
         config = {"dtype": self.dtype, **self.config_of(bank.layout, schemes)}
         metadata = self.metadata(bank.layout, schemes)
         write_checkpoint(folder, bank.checkpoint, self._tensors(bank, schemes), config, metadata)
@@ -64,7 +72,16 @@ class CheckpointTarget(Target):
     def check(self, export: Export, folder: Path) -> dict[str, Any]:
         """Count bytes, and compare the loss of what is loaded."""
         written = check_bytes(export, self.rules, folder)
-        found = check_losses(export, self.load(export, folder))
+        try:
+            loaded = self.load(export, folder)
+        except BitfrontError:
+            raise
+        except Exception as error:  # of other people's loaders
+            raise ExportError(
+                f"what was written for {self.name} can't be loaded ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}); nothing was exported"
+            ) from error
+        found = check_losses(export, loaded)
         return {**found, "weight_bytes": written, **self.remarks(export, folder)}
 
     def metadata(self, layout: Layout, schemes: Sequence[Scheme]) -> Mapping[str, str]:

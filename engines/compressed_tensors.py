@@ -30,7 +30,7 @@ from quantization.formats.scaled import WHOLE, Scaled
 from quantization.formats.scales import FP16, Rounded
 from quantization.packing import pack_bits, unpack_bits
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import Layout
+from quantization.units import Layout, Unit
 
 SHAPE_BYTES = 16
 """Of `weight_shape`: two 64-bit integers."""
@@ -62,6 +62,12 @@ class VLLM(CompressedTensors):
 
     def __init__(self) -> None:
         super().__init__("vllm")
+
+    def unit_refusal(self, unit: Unit, scheme: Scheme) -> str | None:
+        """See `Rules.unit_refusal`: what is fused has one scale a tensor there."""
+        if scheme.weight == "nvfp4" and len(unit.stored) > 1:
+            return "vLLM gives fused NVFP4 matrices one tensor scale, where each has its own"
+        return super().unit_refusal(unit, scheme)
 
 
 class Library(CompressedTensors):
@@ -188,8 +194,14 @@ def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str
 
     read = QuantizationConfig.model_validate(dict(config))
     found = dict.fromkeys(names, FULL_PRECISION)
+    if read.kv_cache_scheme is not None:
+        raise ExportError("the configuration quantizes the KV cache, which isn't measured here yet")
     for group in read.config_groups.values():
         assert not isinstance(group, list)
+        if group.input_activations or group.output_activations:
+            raise ExportError(
+                "the configuration quantizes activations, which aren't measured here yet"
+            )
         format = format_of(group.weights.model_dump() if group.weights else None)
         for name in names:
             ignored = any(match_name(name, pattern) for pattern in read.ignore or [])

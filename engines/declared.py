@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -125,7 +125,3 @@ class Declared(Rules):
         if None not in reasons:
             return f"{scheme.name}: {reasons[0]}, as {self.runtime.title}'s kernel needs"
         return FORMATS[scheme.weight].refusal(site.shape)
-
-    def stored_as(self, site: Site, scheme: Scheme) -> Any:
-        """The kernel's remark, for people; None without one."""
-        return next((s.remark for s in self.runtime.formats if s.matches(scheme)), None)

@@ -11,8 +11,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ModelError
@@ -26,17 +29,14 @@ GROUP = 64
 LLAMA = "llama.cpp"
 PREFIX = "gguf-"
 PLAIN_TYPES = {"f32": FULL_PRECISION, "f16": FULL_PRECISION, "bf16": FULL_PRECISION}
-READERS: dict[str, tuple[str, str, str]] = {
-    "compressed-tensors": (
-        "engines.compressed_tensors",
-        "quantization_config",
-        "compressed-tensors",
-    ),
-    "gptq": ("engines.gptq", "quantization_config", "gptq"),
-    "torchao": ("engines.torchao", "quantization_config", "torchao"),
-    "mlx": ("engines.mlx", "quantization", "mlx"),
+READERS = {
+    "compressed-tensors": "engines.compressed_tensors",
+    "gptq": "engines.gptq",
+    "torchao": "engines.torchao",
 }
-"""Kind of configuration: the module whose `formats_of` reads it, its key, and the engine."""
+"""A configuration's `quant_method`, which is the engine's name, to the module that reads it."""
+KNOWN = f"{', '.join(READERS)} and MLX"
+YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ def read_map(path: Path, checkpoint: Checkpoint, layout: Layout) -> Foreign:
     """
     if path.is_dir():
         path = path / "config.json"
-    names = [s.name for u in layout.units for s in u.sites if u.kind in ("linear", "head")]
     if path.suffix == ".gguf":
         return _of_gguf(path, checkpoint, layout)
     try:
@@ -74,38 +73,77 @@ def read_map(path: Path, checkpoint: Checkpoint, layout: Layout) -> Foreign:
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"can't read the map '{path}': {error}") from error
     try:
-        document = json.loads(text)
+        document = yaml.safe_load(text) if path.suffix in YAML else json.loads(text)
     except ValueError:
         return _of_types(path, text, checkpoint, layout)
+    except yaml.YAMLError as error:
+        raise ModelError(f"'{path}' is no map: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ModelError(f"'{path}' is no map: it holds a {type(document).__name__}")
     if "map_hash" in document:
-        return _of_ours(PrecisionMap.read(path))
-    return _of_config(path, document, names) or _of_bits(path, document, names)
+        return _of_ours(path, PrecisionMap.read(path))
+    found = _of_config(path, document, layout) or _of_recipe(document)
+    return found or _of_bits(path, document, _names(layout, "linear", "head"))
 
 
-def _of_ours(found: PrecisionMap) -> Foreign:
+def _names(layout: Layout, *kinds: str) -> list[str]:
+    return [site.name for unit in layout.units if unit.kind in kinds for site in unit.sites]
+
+
+def _of_ours(path: Path, found: PrecisionMap) -> Foreign:
+    if wrong := [u.name for u in found.units if u.scheme.activation != FULL_PRECISION]:
+        raise ModelError(f"'{path}' quantizes activations, as of {wrong[0]}: not measured here yet")
+    if transform := found.provenance.get("transform"):
+        raise ModelError(
+            f"'{path}' is for the model as {transform} rescaled it; search with that transform, "
+            "and export its point"
+        )
     return Foreign({site: unit.scheme.weight for unit in found.units for site in unit.sites})
 
 
-def _of_config(path: Path, document: Mapping[str, Any], names: Sequence[str]) -> Foreign | None:
+def _of_config(path: Path, document: Mapping[str, Any], layout: Layout) -> Foreign | None:
     """A model's configuration, or the part of it that a tool keeps in a file of its own."""
-    from importlib import import_module
+    config, own = document.get("quantization_config"), document.get("quantization")
+    if isinstance(own, dict) and "bits" in own:
+        return _of_mlx(own, layout)
+    if "dynamic" in document and "bits" in document:
+        config = {"quant_method": "gptq", **document}
+    if not isinstance(config, dict):
+        return None
+    method = config.get("quant_method")
+    if method not in READERS:
+        raise ModelError(f"'{path}' is quantized by '{method}'; maps are read of {KNOWN}")
+    head = method != "gptq" or config.get("lm_head")
+    names = _names(layout, "linear", *(["head"] if head else []))
+    try:
+        read: Callable[..., dict[str, str]] = import_module(READERS[method]).formats_of
+        return Foreign(read(config, names), method)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise ModelError(f"'{path}' is no configuration of {method}: {told}") from error
 
-    for kind, (module, key, engine) in READERS.items():
-        found = document.get(key)
-        if kind == "gptq" and found is None and "dynamic" in document:
-            found = {"quant_method": "gptq", **document}
-        if not isinstance(found, dict) or found.get("quant_method", kind) != kind:
-            continue
-        if kind != "mlx" or "bits" in found:
-            read: Callable[..., dict[str, str]] = import_module(module).formats_of
-            return Foreign(read(found, names), engine)
-    if "quantization_config" in document:
-        method = document["quantization_config"].get("quant_method")
-        raise ModelError(
-            f"'{path}' is quantized by '{method}'; maps are read of {', '.join(READERS)}"
-        )
+
+def _of_mlx(config: Mapping[str, Any], layout: Layout) -> Foreign:
+    """MLX's affine values have free biases, which are zero points in float16 here."""
+    from engines.mlx import formats_of
+
+    names = _names(layout, "linear", "head", "embedding")
+    found = formats_of(config, names)
+    return Foreign({name: format.replace("-bf16", "-real") for name, format in found.items()})
+
+
+def _of_recipe(document: Mapping[str, Any]) -> Foreign | None:
+    """What tools are told that quantize by themselves."""
+    from engines.auto_round import AutoRound
+    from engines.llm_compressor import STAGE, LLMCompressor
+    from engines.model_optimizer import ModelOptimizer
+
+    if "quant_cfg" in document:
+        return Foreign(ModelOptimizer().formats(document))
+    if STAGE in document:
+        return Foreign(LLMCompressor().formats(document))
+    if document and all(isinstance(x, dict) and "bits" in x for x in document.values()):
+        return Foreign(AutoRound().formats(document))
     return None
 
 
@@ -113,10 +151,13 @@ def _of_bits(path: Path, document: Mapping[str, Any], names: Sequence[str]) -> F
     known = {name: document[name] for name in names if name in document}
     if not known:
         raise ModelError(f"'{path}' is no map: it says nothing of {names[0]}")
-    formats = {n: x if isinstance(x, str) else f"int{int(x)}-g{GROUP}" for n, x in known.items()}
-    for name, format in formats.items():
-        if format not in FORMATS:
-            raise ModelError(f"'{path}' gives {name} the format '{format}', which there isn't")
+    formats = {}
+    for name, value in known.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        format = f"int{value}-g{GROUP}" if whole else value
+        if not isinstance(format, str) or format not in FORMATS:
+            raise ModelError(f"'{path}' gives {name} {value!r}, which is neither bits nor a format")
+        formats[name] = format
     return Foreign(formats)
 
 
@@ -136,9 +177,9 @@ def _of_gguf(path: Path, checkpoint: Checkpoint, layout: Layout) -> Foreign:
 
 
 def _of_types(path: Path, text: str, checkpoint: Checkpoint, layout: Layout) -> Foreign:
-    """`REGEX=TYPE` by lines; `#` begins a remark."""
-    lines = [line.split("#")[0].strip() for line in text.splitlines()]
-    rules = [line.rpartition("=")[::2] for line in lines if line]
+    """Words of `REGEX=TYPE`, as llama-quantize reads them; lines that begin with `#` are remarks."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    rules = [word.rpartition("=")[::2] for word in " ".join(lines).split()]
     if not rules or not all(pattern and type for pattern, type in rules):
         raise ModelError(f"'{path}' is no map: neither JSON nor lines of REGEX=TYPE")
     formats = {}
@@ -170,4 +211,4 @@ def _gguf_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
     from engines.gguf_file import tensor_names
 
     name_of = tensor_names(load_config(checkpoint))
-    return {s.name: name_of(s.parameter) for u in layout.units for s in u.stored}
+    return {s.name: name_of(s.parameter) for u in layout.units for s in u.sites}

@@ -5,6 +5,8 @@ streams are the same bits, so nothing is quantized again. Symmetric integers hav
 2^(b-1), stored less one.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -25,6 +27,12 @@ from quantization.packing import pack_bits, unpack_bits
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
 
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+"""What vLLM calls the matrix that a module is a part of, and looks rules up by."""
 SKIP, CHANGE = "-:", "+:"
 """How keys of `dynamic` begin; a regular expression that module names are matched with follows."""
 
@@ -76,19 +84,27 @@ class GPTQCheckpoint(CheckpointTarget):
     def load(self, export: Export, folder: Path) -> nn.Module:
         """See the class."""
         assert export.evaluator is not None
-        formats = dict(zip(*_places(export), strict=True))
-
-        def value_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-            module = name.removesuffix(".weight")
-            parts = {key: tensors[f"{module}.{key}"] for key in ("qweight", "qzeros", "scales")}
-            return _values(parts, integer(formats[module]).element.bits).to(bank.dtype)
-
-        bank = export.evaluator.bank
-        return assembled(folder, bank.dtype, value_of)
+        return load_dense(folder, export.evaluator.bank.dtype)
 
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
-        """How to serve it."""
-        return {"serve": "vllm serve DIR --dtype half", "loader": "by the documented layout"}
+        """How to serve it: vLLM's Marlin kernels are for 4 and 8 bits, its older ones for all."""
+        units = export.precision_map.units
+        few = any(unit.scheme.weight.startswith(("int2", "int3")) for unit in units)
+        serve = "vllm serve DIR --dtype half" + (" --quantization gptq" if few else "")
+        return {"serve": serve, "loader": "by the documented layout"}
+
+
+def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a folder with dequantized weights, each as its configuration says."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+
+    def value_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        module = name.removesuffix(".weight")
+        parts = {key: tensors[f"{module}.{key}"] for key in PARTS}
+        format = integer(formats_of(config, [module])[module])
+        return _values(parts, format.element.bits).to(dtype)
+
+    return assembled(folder, dtype, value_of)
 
 
 def config_of(formats: Mapping[str, str]) -> dict[str, Any]:
@@ -114,8 +130,6 @@ def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str
     Raises:
         ExportError: bits or groups that no format of ours stands for.
     """
-    import re
-
     found = {}
     for name in names:
         arguments: dict[str, Any] | None = dict(config)
@@ -148,21 +162,18 @@ def _format_of(arguments: Mapping[str, Any]) -> str:
 
 
 def _exactly(name: str) -> str:
-    return f"^{name.replace('.', chr(92) + '.')}$"
-
-
-def _places(export: Export) -> tuple[list[str], list[str]]:
-    units = export.precision_map.units
-    pairs = [(site, unit.scheme.weight) for unit in units for site in unit.sites]
-    return [site for site, _ in pairs], [format for _, format in pairs]
+    """A pattern for a module, and for what vLLM fuses it into."""
+    parent, _, leaf = name.rpartition(".")
+    place = re.escape(f"{parent}." if parent else "")
+    return f"^{place}({leaf}|{FUSED[leaf]})$" if leaf in FUSED else f"^{place}{re.escape(leaf)}$"
 
 
 def _values(parts: Mapping[str, Tensor], bits: int) -> Tensor:
-    """Scales x (codes - (zeros + 1)), outputs x inputs."""
+    """The scales times (codes - (zeros + 1)), outputs x inputs; `g_idx` is each input's group."""
+    group = parts["g_idx"].long()
     scales = parts["scales"].float().mT
     rows = scales.shape[0]
     stream = parts["qweight"].mT.contiguous().view(torch.uint8)
     codes = unpack_bits(stream, bits, stream.shape[-1] * 8 // bits)
     zeros = unpack_bits(parts["qzeros"].contiguous().view(torch.uint8), bits, rows).mT + 1
-    group = codes.shape[-1] // scales.shape[-1]
-    return ((codes.unflatten(-1, (-1, group)) - zeros[..., None]) * scales[..., None]).flatten(-2)
+    return (codes - zeros[:, group]) * scales[:, group]

@@ -171,7 +171,7 @@ class GGUFFile(Target):
             "weight_bytes": written,
             "tokens_agree": agreed,
             "serve": f"llama-server -m {FILE_NAME}",
-            "requantize": f"llama-quantize --tensor-type-file {TYPES_NAME} ORIGINAL.gguf OUT.gguf q8_0",
+            "requantize": _requantize(schemes),
         }
 
 
@@ -219,6 +219,13 @@ def _blocks(packed: Any) -> NDArray[np.uint8]:
 
     found: NDArray[np.uint8] = blocks(packed).numpy()
     return found
+
+
+def _requantize(schemes: Sequence[Scheme]) -> str:
+    """The command that makes the same types of an original; some want an importance matrix."""
+    imatrix = any(scheme.weight.startswith(f"{PREFIX}iq") for scheme in schemes)
+    known = " --imatrix IMATRIX.gguf" if imatrix else ""
+    return f"llama-quantize{known} --tensor-type-file {TYPES_NAME} ORIGINAL.gguf OUT.gguf q8_0"
 
 
 def _uint8() -> Any:

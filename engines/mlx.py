@@ -4,6 +4,7 @@ MLX's affine values are scale x code + bias. For symmetric integers the bias is 
 power of two that no type rounds, and its words of codes are our streams: nothing is quantized again.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -63,7 +64,7 @@ class MLXCheckpoint(CheckpointTarget):
 
     def config_of(self, layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
         """See `CheckpointTarget.config_of`."""
-        found = config_of(named(layout, schemes))
+        found = config_of(named(layout, schemes, embeddings=True))
         return {"quantization": found, "quantization_config": found}
 
     def metadata(self, layout: Layout, schemes: Sequence[Scheme]) -> Mapping[str, str]:
@@ -82,13 +83,14 @@ class MLXCheckpoint(CheckpointTarget):
 
 
 def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model of a folder with dequantized weights."""
+    """The model of a folder with dequantized weights, each as its configuration says."""
+    config = json.loads((folder / "config.json").read_text())["quantization"]
 
     def replaced(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         module = name.removesuffix(".weight")
         scales, biases = (tensors[f"{module}.{key}"].float() for key in ("scales", "biases"))
         words = tensors[name].view(torch.uint8)
-        bits = round(float((-biases / scales).median().log2())) + 1
+        bits = integer(formats_of(config, [module])[module]).element.bits
         codes = unpack_bits(words, bits, words.shape[-1] * 8 // bits)
         group = codes.shape[-1] // scales.shape[-1]
         values = codes.unflatten(-1, (-1, group)) * scales[..., None] + biases[..., None]

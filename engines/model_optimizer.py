@@ -10,6 +10,7 @@ from typing import Any
 from engines.recipe import Recipe, canonical, matched
 from engines.regular import integer
 from quantization.errors import ExportError
+from quantization.formats import FORMATS
 from quantization.schemes import FULL_PRECISION
 
 QUANTIZER = ".weight_quantizer"
@@ -57,7 +58,10 @@ class ModelOptimizer(Recipe):
         if not isinstance(bits, int):
             return matched(arguments, FLOATS)
         blocks = arguments.get("block_sizes")
-        return canonical(f"int{bits}-{f'g{blocks[COLUMNS]}' if blocks else 'channel'}")
+        name = f"int{bits}-{f'g{blocks[COLUMNS]}' if blocks else 'channel'}"
+        if name not in FORMATS:
+            raise ExportError(f"no format here stands for {dict(arguments)}")
+        return canonical(name)
 
     def document(self, formats: Mapping[str, str]) -> dict[str, Any]:
         """See `Recipe.document`."""

@@ -37,6 +37,8 @@ class PackedFiles(Rules):
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Rules.refusal`."""
+        if scheme.activation != FULL_PRECISION:
+            return f"activations in {scheme.activation} have no kernel here"
         return FORMATS[scheme.weight].refusal(site.shape)
 
 
@@ -45,6 +47,7 @@ class PackedCheckpoint(CheckpointTarget):
 
     name = "packed"
     engine = "packed"
+    experts = True
     rules = PackedFiles()
 
     def stored(self, packed: Packed) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from quantization.errors import ExportError
 from quantization.formats import FORMATS
 from quantization.schemes import FULL_PRECISION
 
-EMBEDDINGS = ("embed_tokens", "wte")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 """How their modules are called."""
 
 
@@ -92,4 +92,7 @@ def _formats(export: Export) -> dict[str, str]:
     looked_up = [name for name in found if name.endswith(EMBEDDINGS)]
     if wrong := [name for name in looked_up if found[name] != FULL_PRECISION]:
         raise ExportError(f"this target leaves embeddings alone, and {wrong[0]} is quantized")
-    return {name: format for name, format in found.items() if name not in looked_up}
+    if wrong := [name for name in found if "experts" in name.split(".")]:
+        raise ExportError(f"this target wants each expert by itself, and {wrong[0]} is all of them")
+    kept = {entry.name: FULL_PRECISION for entry in export.precision_map.kept}
+    return kept | {name: format for name, format in found.items() if name not in looked_up}

@@ -34,14 +34,21 @@ def group_of(format: Scaled, columns: int) -> int:
     return format.columns or columns
 
 
-def named(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, str]:
-    """The format of each module that is multiplied: embeddings are looked up."""
-    return {
+def named(layout: Layout, schemes: Sequence[Scheme], *, embeddings: bool = False) -> dict[str, str]:
+    """The format of each module that is multiplied, layers that were kept included.
+
+    Args:
+        layout: the model's units.
+        schemes: one for each.
+        embeddings: also of those that are looked up.
+    """
+    found = {
         site.name: scheme.weight
         for unit, scheme in zip(layout.units, schemes, strict=True)
         for site in unit.sites
-        if unit.kind != "embedding"
+        if embeddings or unit.kind != "embedding"
     }
+    return found | {kept.name: FULL_PRECISION for kept in layout.kept}
 
 
 def most_common(formats: Mapping[str, str]) -> str:

@@ -60,11 +60,23 @@ def test_formats_outside_the_menu_become_a_point_that_can_be_exported(store, job
     assert point.control == "given"
     assert point.average_bits == pytest.approx(4.5, abs=0.1)
     assert any(f"point {number})" in finding for finding in found.findings)
-    written = export_point(store, found, number, ["safetensors", "packed"], tmp_path / "out", False)
+    written = export_point(
+        store, found, number, ["safetensors", "packed"], tmp_path / "out", force=False
+    )
     assert [w["folder"] for w in written] == [
         str(tmp_path / "out" / t) for t in ("safetensors", "packed")
     ]
     assert written[1]["weight_bytes"] == point.weight_bytes == written[1]["predicted_bytes"]
+    card = (tmp_path / "out" / "packed" / "README.md").read_text()
+    assert "bitfront apply precision_map.json" in card
+    assert f"{point.kl:.5f} nats a token" in card
+    old = tmp_path / "out" / "packed" / "model-00001-of-00002.safetensors"
+    old.write_bytes(b"of another layout")
+    mine = tmp_path / "out" / "packed" / "notes.txt"
+    mine.write_text("mine")
+    export_point(store, found, number, ["packed"], tmp_path / "out" / "packed", force=True)
+    assert mine.exists()
+    assert not old.exists()
     again, same = apply(store, file, str(folder), job, "none", None)
     assert same == number
     assert len(again.points) == len(found.points)

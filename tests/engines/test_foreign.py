@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from engines import gptq
+from engines import gptq, load_target
 from engines.foreign import read_map
 from engines.gguf_file import tensor_names
 from engines.llama_cpp import GGUFFile
 from quantization.adapter import describe
-from quantization.checkpoints import load_config
-from quantization.errors import ModelError
+from quantization.checkpoints import load_config, resolve
+from quantization.errors import ExportError, ModelError
 from quantization.schemes import Scheme
 from tests.conftest import choices_of
 from tests.engines.test_checkpoint_targets import MENUS, mixed_export
@@ -69,6 +69,50 @@ def test_a_quantized_models_own_configuration(llama, layout, tmp_path):
     assert read_map(tmp_path, llama, layout).formats.items() >= formats.items()
 
 
+def test_mlx_has_free_biases_and_quantizes_embeddings_too(llama, layout, tmp_path):
+    """As mlx-lm writes it: the same twice, and only exceptions by name."""
+    own = {"group_size": 64, "bits": 4, "mode": "affine", QUERY: {"group_size": 32, "bits": 8}}
+    config = {"quantization": {**own, "lm_head": False}, "quantization_config": own}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_map(tmp_path, llama, layout)
+    assert found.formats[QUERY] == "int8-g32-real"
+    assert found.formats["model.layers.1.mlp.up_proj"] == "int4-g64-real"
+    assert found.formats["model.embed_tokens"] == "int4-g64-real"
+    assert found.formats["lm_head"] == "bf16"
+
+
+def test_recipes_are_read_back(llama, layout, make_bank, tmp_path):
+    bank = make_bank("llama")
+    menu = ["int4-g32", "int8-channel", "bf16"]
+    bank.build(choices_of(bank.layout, [Scheme(name) for name in menu]))
+    export = mixed_export(bank, menu)
+    for name in ("auto-round", "modelopt", "llm-compressor"):
+        target = load_target(name)
+        target.write(export, tmp_path)
+        found = read_map(tmp_path / target.file, llama, layout).formats
+        assert found[QUERY] == "int4-g32"
+        assert found["model.layers.0.mlp.up_proj"] == "bf16"
+
+
+def test_what_quantizes_more_than_weights_is_refused(llama, layout, tmp_path):
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    inputs = {**weights, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pytest.raises(ExportError, match="quantizes activations"):
+        read_map(tmp_path, llama, layout)
+
+
+def test_a_tied_embedding_is_read_by_its_name(tiny_folders, tmp_path):
+    checkpoint = resolve(str(tiny_folders("qwen3")))
+    layout = describe(checkpoint).split()
+    (tmp_path / "t.txt").write_text("token_embd=q8_0 .*=q4_0")
+    found = read_map(tmp_path / "t.txt", checkpoint, layout).formats
+    assert found["model.embed_tokens"] == "gguf-q8_0"
+    assert found["model.layers.0.mlp.up_proj"] == "gguf-q4_0"
+
+
 def test_tensor_types_of_llama_cpp(llama, layout, tmp_path):
     file = tmp_path / "types.txt"
     file.write_text("# ours\nblk\\.0\\.attn_q=q8_0\n.*ffn_down.*=Q5_0\n.*=iq4_nl\n")
@@ -103,8 +147,11 @@ def test_names_are_ggufs(llama):
     [
         ("a.json", "[1]", "holds a list"),
         ("a.json", '{"other": 4}', "says nothing of"),
-        ("a.json", json.dumps({QUERY: "int9-g64"}), "'int9-g64', which there isn't"),
+        ("a.json", json.dumps({QUERY: "int9-g64"}), "'int9-g64', which is neither"),
         ("a.json", '{"quantization_config": {"quant_method": "awq"}}', "quantized by 'awq'"),
+        ("a.json", '{"quantization_config": null}', "says nothing of"),
+        ("a.json", json.dumps({QUERY: 4.5}), "4.5, which is neither"),
+        ("a.json", '{"quantization_config": {"quant_method": "gptq"}}', "no configuration of gptq"),
         ("a.txt", "no map at all", "neither JSON nor lines"),
         ("a.txt", ".*=q99_K", "no ggml type 'q99_K'"),
         ("a.txt", "(=q4_0", "is no pattern"),

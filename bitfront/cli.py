@@ -46,6 +46,7 @@ app.add_typer(studies.benches, name="bench")
 app.command()(studies.audit)
 app.command()(studies.formats)
 app.command()(studies.devices)
+app.command()(studies.engines)
 app.command()(studies.profile)
 
 

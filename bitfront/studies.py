@@ -100,6 +100,17 @@ def devices(
     show_devices(name, as_json)
 
 
+def engines(
+    name: Annotated[str | None, typer.Argument(help="One's rules in full.")] = None,
+    store: StoreOption = None,  # noqa: ARG001  # every command takes it
+    as_json: JsonOption = False,
+) -> None:
+    """List who serves maps (for --engine), or show what one has kernels for."""
+    from bitfront.engine_views import show_engines
+
+    show_engines(name, as_json)
+
+
 def profile(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or 'demo'.")] = "demo",
     engine: Annotated[str, typer.Option(help="Whose kernels: llama.cpp or torch.")] = "llama.cpp",

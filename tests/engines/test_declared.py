@@ -1,0 +1,46 @@
+"""Runtimes' rules as data."""
+
+import json
+
+import pytest
+
+from bitfront.engine_views import show_engines
+from engines import ENGINES, TARGETS, load_engine, target_of
+from engines.declared import Served, load_runtime
+from quantization.errors import BitfrontError, UnknownNameError
+from quantization.schemes import Scheme
+
+
+def test_a_rule_speaks_of_weights_with_their_activations():
+    served = Served(formats="int4-g*/fp8-token", rows=64, columns=128)
+    assert served.matches(Scheme("int4-g64", "fp8-token"))
+    assert not served.matches(Scheme("int4-g64"))
+    assert served.refusal((64, 128)) is None
+    assert served.refusal((32, 128)) == "32 rows don't divide by 64"
+    assert served.refusal((64, 96)) == "96 columns don't divide by 128"
+
+
+def test_every_engine_is_printed_with_its_target(capsys):
+    show_engines(None, as_json=True)
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert set(found) == set(ENGINES)
+    assert {entry["target"] for entry in found.values()} <= set(TARGETS)
+    assert found["llama.cpp"]["timed"]
+    assert not found["vllm"]["timed"]
+    show_engines("vllm", as_json=False)
+    told = capsys.readouterr().out
+    assert "marlin_utils.py" in told.replace("\n", "")
+    assert "int4-g128-bf16" in told
+
+
+def test_what_an_engine_loads_can_be_written():
+    for name in ENGINES:
+        assert target_of(name) in TARGETS
+        assert load_engine(name).name == name
+
+
+def test_unknown_names_and_files_are_one_line():
+    with pytest.raises(UnknownNameError, match="nearest: vllm"):
+        show_engines("vllmm", as_json=False)
+    with pytest.raises(BitfrontError, match=r"configs/engines/none.yaml can't be used"):
+        load_runtime("none")

@@ -283,12 +283,17 @@ def test_limits_on_seconds_want_an_engine(folder):
     [
         (["devices", "h100"], "unknown device 'h100'; nearest: "),
         (["profile", "MODEL", "--device", "h200"], "only this machine can be profiled, not 'h200'"),
-        (["profile", "MODEL", "--engine", "vllm"], "unknown engine 'vllm'"),
+        (["profile", "MODEL", "--engine", "lama.cpp"], "unknown engine 'lama.cpp'; nearest: llama"),
+        (["profile", "MODEL", "--engine", "vllm"], "vllm can't be timed on this machine"),
+        (
+            ["search", "MODEL", "--target", "vllm", "--max-decode-latency", "8ms"],
+            "vllm can't be timed on this machine; name a device",
+        ),
         (["search", "MODEL", "--max-decode-latency", "8"], "'8' is not a time; write 8ms"),
         (["search", "MODEL", "--max-decode-latency", "8ms"], "needs an engine"),
         (
-            ["search", "MODEL", "--engine", "llama.cpp", "--menu", "int4-g32,int8-g32"],
-            "has no int4",
+            ["search", "MODEL", "--engine", "llama.cpp", "--menu", "int4-g64,int8-g64"],
+            "has no int4-g64",
         ),
         (["search", "MODEL", "--engine", "llama.cpp", "--batch", "4"], "batch is 4"),
         (["search", "MODEL", "--device", "rtx-4090"], "mean nothing without an engine"),

@@ -143,7 +143,7 @@ def test_rules():
     engine, site = load_engine("llama.cpp"), Site("q", "q.weight", (64, 96))
     assert engine.refusal(site, Scheme("gguf-q4_K")) is None
     assert engine.refusal(site, Scheme("bf16")) is None
-    assert "no int4-g32" in engine.refusal(site, Scheme("int4-g32"))
+    assert "no int4-g64" in engine.refusal(site, Scheme("int4-g64"))
     assert engine.kernel(Scheme("gguf-q4_K"), (64, 96)) == "q5_0"  # 256 doesn't divide 96
     assert engine.kernel(Scheme("gguf-q4_K"), (64, 512)) == "q4_K"
 

@@ -113,7 +113,7 @@ def _write_checked(
         found = target.check(export, work)
         card(work, found)
         work.chmod(0o755)
-        for file in work.iterdir():
+        for file in (p for p in work.iterdir() if p.is_file()):
             file.chmod(0o644)  # safetensors writes files that only their owner may read
         if not folder.exists() or not any(folder.iterdir()):
             work.replace(folder)

@@ -7,9 +7,11 @@ our quantizers made, GPTQ for one, is served by llama.cpp as it was measured.
 import torch
 from torch import Tensor
 
-from engines.llama_cpp import BLOCK, LOSSLESS
+from engines.llama_cpp import LOSSLESS
 from quantization.formats import Packed
 from quantization.packing import unpack_bits
+
+BLOCK = 32
 
 
 def blocks(packed: Packed) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Cell, Engine, Exercise, Export, Run, Target, Timing
+from engines.declared import Declared
 from engines.neutral_map import NeutralMap
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ExportError
@@ -24,20 +25,21 @@ if TYPE_CHECKING:
     from evaluation.evaluator import Evaluator
 
 PREFIX = "gguf-"
-LOSSLESS, BLOCK = {"int4-g32": "q4_0", "int8-g32": "q8_0"}, 32
+LOSSLESS = {"int4-g32": "q4_0", "int8-g32": "q8_0"}
 """Formats of ours that are ggml's blocks in another order, by ggml's name."""
 FILE_NAME, TYPES_NAME = "model.gguf", "tensor-types.txt"
 TOLERANCE, NOISE_NATS = 0.05, 0.02
 """Of the KL: llama.cpp rounds activations to 8 bits in each product, which the candidate doesn't."""
 
 
-class LlamaCpp(Engine):
+class LlamaCpp(Declared, Engine):
     """llama.cpp on this machine's CPU, through the xllamacpp wheel."""
 
-    name = "llama.cpp"
-    fuses = False
     reference = Scheme("gguf-q8_0")
     reference_cell = Cell((1024, 1024), "q8_0", 1)
+
+    def __init__(self) -> None:
+        super().__init__("llama.cpp")
 
     def check(self, config: Any) -> None:
         """See `Engine.check`."""
@@ -47,18 +49,11 @@ class LlamaCpp(Engine):
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Engine.refusal`."""
-        if len(site.shape) != 2 or site.transposed:
-            return "packed experts and transposed weights aren't written to GGUF files yet"
         if scheme.activation != FULL_PRECISION:
             return (
                 f"llama.cpp chooses how activations are rounded; {scheme.activation} can't be set"
             )
-        if scheme.weight == FULL_PRECISION or scheme.weight.startswith(PREFIX):
-            return None
-        if scheme.weight in LOSSLESS:
-            rest = site.shape[-1] % BLOCK
-            return f"{site.shape[-1]} columns don't divide into blocks of {BLOCK}" if rest else None
-        return f"llama.cpp has no {scheme.weight}; its types are gguf-q4_K and so on, and int4-g32 and int8-g32 are two of them"
+        return super().refusal(site, scheme)
 
     def presets(self, config: Any, layout: Layout) -> Mapping[str, Mapping[str, str]]:
         """See `Rules.presets`: `Q4_K_M` and its kin."""

@@ -293,7 +293,7 @@ def test_limits_on_seconds_want_an_engine(folder):
         (["search", "MODEL", "--max-decode-latency", "8ms"], "needs an engine"),
         (
             ["search", "MODEL", "--engine", "llama.cpp", "--menu", "int4-g64,int8-g64"],
-            "has no int4-g64",
+            "no kernel for int4-g64",
         ),
         (["search", "MODEL", "--engine", "llama.cpp", "--batch", "4"], "batch is 4"),
         (["search", "MODEL", "--device", "rtx-4090"], "mean nothing without an engine"),

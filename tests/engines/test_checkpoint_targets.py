@@ -273,7 +273,7 @@ def test_torchao_reads_back_as_the_map(llama, chosen):
 
 
 def test_every_declared_pattern_names_a_format():
-    for name in ("vllm", "compressed-tensors", "torchao", "gptq", "mlx"):
+    for name in ("vllm", "compressed-tensors", "torchao", "gptq", "mlx", "llama.cpp"):
         for served in load_engine(name).runtime.formats:
             known = [f for f in FORMATS if served.matches(Scheme(f))]
             assert known, f"{name}: {served.formats} stands for nothing"

@@ -26,6 +26,7 @@ def test_every_engine_is_printed_with_its_target(capsys):
     assert set(found) == set(ENGINES)
     assert {entry["target"] for entry in found.values()} <= set(TARGETS)
     assert found["llama.cpp"]["timed"]
+    assert "gguf-*" in {served["formats"] for served in found["llama.cpp"]["formats"]}
     assert not found["vllm"]["timed"]
     show_engines("vllm", as_json=False)
     told = capsys.readouterr().out

@@ -117,7 +117,7 @@ def test_maps_that_it_cant_serve_are_refused_with_their_units(make_bank, tmp_pat
     ]
     names = build_map(bank.layout, schemes, ModelEntry(name="tiny", weights_hash="0" * 64), {})
     export = Export(names, Evaluator(bank, torch.device("cpu")), CHUNKS, 1.0)
-    with pytest.raises(ExportError, match=r"can't serve 8 units: .*q_proj.*has no int2-g32"):
+    with pytest.raises(ExportError, match=r"can't serve 8 units: .*q_proj.*has no kernel for int2-g32"):
         load_target("gguf").write(export, tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_rules():
     engine, site = load_engine("llama.cpp"), Site("q", "q.weight", (64, 96))
     assert engine.refusal(site, Scheme("gguf-q4_K")) is None
     assert engine.refusal(site, Scheme("bf16")) is None
-    assert "no int4-g64" in engine.refusal(site, Scheme("int4-g64"))
+    assert "no kernel for int4-g64; it has gguf-*" in engine.refusal(site, Scheme("int4-g64"))
     assert engine.kernel(Scheme("gguf-q4_K"), (64, 96)) == "q5_0"  # 256 doesn't divide 96
     assert engine.kernel(Scheme("gguf-q4_K"), (64, 512)) == "q4_K"
 

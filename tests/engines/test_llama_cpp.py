@@ -117,7 +117,9 @@ def test_maps_that_it_cant_serve_are_refused_with_their_units(make_bank, tmp_pat
     ]
     names = build_map(bank.layout, schemes, ModelEntry(name="tiny", weights_hash="0" * 64), {})
     export = Export(names, Evaluator(bank, torch.device("cpu")), CHUNKS, 1.0)
-    with pytest.raises(ExportError, match=r"can't serve 8 units: .*q_proj.*has no kernel for int2-g32"):
+    with pytest.raises(
+        ExportError, match=r"can't serve 8 units: .*q_proj.*has no kernel for int2-g32"
+    ):
         load_target("gguf").write(export, tmp_path)
 
 

@@ -137,7 +137,7 @@ class Session:
     ) -> list[Timing]:
         """Products with an engine's kernels on this machine, which must be that device."""
         found = load_timed(engine)
-        with _alone(found, device):
+        with _alone(found, device), _pinned(found, threads):
             return found.time_cells(cells, threads, usual_s)
 
     def time_map(
@@ -153,7 +153,7 @@ class Session:
         folding, layout, found = self._spec.folding, self._spec.layout, load_timed(engine)
         # what a transform makes has the original's shapes, and may not be there yet
         checkpoint = _on_this_node(folding.original if folding else self._spec.checkpoint)
-        with _alone(found, device):
+        with _alone(found, device), _pinned(found, exercise.threads):
             return found.time_map(checkpoint, layout, own, beside, exercise)
 
     def scheme(self, name: str) -> Scheme:
@@ -240,6 +240,20 @@ def _alone(engine: Engine, device: str) -> Iterator[None]:
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _pinned(engine: Engine, threads: int) -> Iterator[None]:
+    """On as many cores as the engine has threads, where it runs on cores and the system lets us."""
+    if engine.accelerated or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _on_this_node(wanted: Checkpoint) -> Checkpoint:

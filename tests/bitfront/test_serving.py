@@ -1,8 +1,10 @@
 """Searches for an engine on this machine: profiles kept, limits held, predictions checked."""
 
 import json
+import os
 import subprocess
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -139,6 +141,27 @@ class Clockwork(LlamaCpp):
 
 def _nbytes(kernel, shape):
     return shape[0] * TYPES[kernel].row_bytes(shape[1])
+
+
+class Pinned(Clockwork):
+    """Notes on how many cores it is timed."""
+
+    cores: ClassVar[set[int]] = set()
+
+    def time_cells(self, cells, threads, usual_s):
+        self.cores.add(len(os.sched_getaffinity(0)))
+        return super().time_cells(cells, threads, usual_s)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such call on this system")
+def test_products_are_timed_on_as_many_cores_as_threads(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENGINES._entries, "llama.cpp", f"{__name__}:Pinned")
+    before = os.sched_getaffinity(0)
+    plan = make_plan(config_of(folder, SERVING.model_copy(update={"threads": 1})))
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    timed(plan, store, InProcessPool(spec_of(plan, None)), Silent())
+    assert Pinned.cores == {1}
+    assert os.sched_getaffinity(0) == before
 
 
 def test_limits_hold_for_every_map_that_is_proposed(folder, tmp_path, monkeypatch):

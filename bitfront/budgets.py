@@ -9,7 +9,7 @@ from bitfront import serving
 from bitfront.config import ConfigError
 from cost_models import weight_bytes
 from cost_models.geometry import geometry_of
-from cost_models.memory import activation_bytes, kv_cache_bytes
+from cost_models.memory import Sharing, activation_bytes, kv_cache_bytes, sharing_of
 from quantization.checkpoints import load_config
 from search.errors import InfeasibleBudgetError
 
@@ -65,7 +65,16 @@ def most_bytes(plan: "Plan") -> int:
             "this model's KV cache is unknown (its forward pass could not be traced), so its memory "
             "is, too; constrain --max-size instead of --max-memory"
         )
-    return wanted.max_memory_bytes - kv_cache_bytes(plan.layout, workload) - working_bytes(plan)
+    sharing = sharing_in(plan)
+    cache = sharing.cache(kv_cache_bytes(plan.layout, workload))
+    return sharing.most_weights(wanted.max_memory_bytes - cache - working_bytes(plan))
+
+
+def sharing_in(plan: "Plan") -> Sharing:
+    """What each device of the job's workload holds."""
+    geometry = geometry_of(load_config(plan.original), plan.layout)
+    workload = serving.workload_of(plan.config.serving)
+    return sharing_of(plan.layout, geometry, workload, plan.other_bytes)
 
 
 def working_bytes(plan: "Plan") -> int:

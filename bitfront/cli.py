@@ -15,7 +15,9 @@ from bitfront.options import (
     BatchOption,
     ContextOption,
     DeviceOption,
+    DevicesOption,
     EngineOption,
+    GeneratedOption,
     JobArgument,
     JsonOption,
     PromptOption,
@@ -136,6 +138,8 @@ def search(
     batch: BatchOption = None,
     context: ContextOption = None,
     prompt: PromptOption = None,
+    generated: GeneratedOption = None,
+    tensor_parallel: DevicesOption = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Weights, KV cache and activations together: 2GiB.")
     ] = None,
@@ -175,6 +179,8 @@ def search(
         "refinement.minutes": minutes,
         "interactions": interactions,
         **serving_of(engine, device, threads, batch, context, prompt),
+        "serving.generated": generated,
+        "serving.tensor_parallel": tensor_parallel,
         "serving.max_memory_bytes": bytes_of(max_memory) if max_memory else None,
         "serving.max_decode_s": seconds_of(max_decode_latency),
         "serving.max_prefill_s": seconds_of(max_prefill_latency),

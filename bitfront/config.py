@@ -92,6 +92,10 @@ class RefinementConfig(_Closed):
     minutes: float | None = Field(default=None, gt=0)
 
 
+SINCE = ("generated", "tensor_parallel")
+"""Fields of `ServingConfig` that are younger than it."""
+
+
 class ServingConfig(_Closed):
     """Where a map is to be served, and what it may take there.
 
@@ -102,6 +106,8 @@ class ServingConfig(_Closed):
         batch: sequences side by side.
         context: tokens in the KV cache of each when a token is generated.
         prompt: tokens of a prompt.
+        generated: tokens of an answer.
+        tensor_parallel: devices that share every layer; limits on memory are each one's.
         max_memory_bytes: of weights, KV cache and activations together.
         max_decode_s: of a generated token.
         max_prefill_s: of a prompt.
@@ -113,9 +119,19 @@ class ServingConfig(_Closed):
     batch: int = Field(default=1, ge=1)
     context: int = Field(default=4096, ge=1)
     prompt: int = Field(default=512, ge=1)
+    generated: int = Field(default=128, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
     max_memory_bytes: Annotated[int, Field(gt=0)] | None = None
     max_decode_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_prefill_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @property
+    def silent(self) -> bool | set[str]:
+        """What of it jobs had no word for once, and doesn't tell them apart: all, or some fields."""
+        usual = type(self)()
+        if self == usual:
+            return True
+        return {name for name in SINCE if getattr(self, name) == getattr(usual, name)}
 
 
 class JobConfig(_Closed):

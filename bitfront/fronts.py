@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bitfront import latency
+from cost_models.memory import Sharing
 from quantization.units import Layout
 from search.front import non_dominated
 from search.statistics import Interval, mean_interval, paired_difference
@@ -24,6 +25,8 @@ COMPARABLE_SIZE = 0.01
 INTERACTIONS, REFINED = "interactions", "refined"
 """What the origins of maps of later stages begin with."""
 
+ALONE = Sharing()
+"""One device, which holds everything."""
 NAMED = ("preset", "given")
 """Controls whose origin is a name."""
 
@@ -287,7 +290,7 @@ def _compare(ours: Point, control: Point, name: str, heldout: dict[str, MapLoss]
 
 @dataclass(frozen=True)
 class Constraints:
-    """Upper bounds for a query; memory includes the KV cache of the workload."""
+    """Upper bounds for a query; memory includes the KV cache of the workload, and is a device's."""
 
     weight_bytes: float = inf
     average_bits: float = inf
@@ -298,7 +301,7 @@ class Constraints:
 
 
 def best_point(
-    front: Front, limits: Constraints, cache_bytes: int
+    front: Front, limits: Constraints, cache_bytes: int, sharing: Sharing = ALONE
 ) -> tuple[Point | None, str | None]:
     """The point of least KL (then least bytes) within the limits, or why there is none.
 
@@ -310,7 +313,11 @@ def best_point(
         ("weight_bytes", limits.weight_bytes, lambda p: p.weight_bytes),
         ("average_bits", limits.average_bits, lambda p: p.average_bits),
         ("kl", limits.kl, lambda p: p.kl),
-        ("memory_bytes", limits.memory_bytes, lambda p: p.weight_bytes + cache_bytes),
+        (
+            "memory_bytes",
+            limits.memory_bytes,
+            lambda p: sharing.weights(p.weight_bytes) + cache_bytes,
+        ),
         *_latency_checks(front, limits),
     ]
     fitting = [p for p in front.points if all(value(p) <= limit for _, limit, value in checks)]

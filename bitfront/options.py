@@ -32,6 +32,10 @@ ContextOption = Annotated[
     int | None, typer.Option(min=1, help="Tokens in the KV cache of each. Default: 4096.")
 ]
 PromptOption = Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt. Default: 512.")]
+GeneratedOption = Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")]
+DevicesOption = Annotated[
+    int | None, typer.Option(min=1, help="Devices that share every layer; memory is each one's.")
+]
 BUDGETS = "3.25,3.5,3.75,4.25,4.75,5.25"
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

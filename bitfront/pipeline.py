@@ -6,12 +6,13 @@ same path, and computes only what is missing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitfront.budgets import working_bytes
+from bitfront.budgets import sharing_in, working_bytes
 from bitfront.fronts import INTERACTIONS, is_later, losses
 from bitfront.interacting import PAIRS, interact
 from bitfront.plan import Plan, settled
@@ -167,6 +168,9 @@ def open_planned(plan: Plan, store: Store) -> Job:
         wanted = plan.config.serving
         workload = {"batch": wanted.batch, "context": wanted.context}
         facts["memory"] = {"workload": workload, "activation_bytes": working_bytes(plan)}
+        if wanted.tensor_parallel > 1:
+            workload["tensor_parallel"] = wanted.tensor_parallel
+            facts["memory"]["sharing"] = asdict(sharing_in(plan))
     if plan.because:  # an audit of the job plans it anew, and doesn't ask again
         facts |= {"estimators_because": plan.because, "evidence": plan.evidence}
     return update_job(store, job.id, facts=facts)

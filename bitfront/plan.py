@@ -20,7 +20,6 @@ from bitfront.config import (
     ConfigError,
     JobConfig,
     RefinementConfig,
-    ServingConfig,
 )
 from bitfront.demo import NAME, demo_model
 from bitfront.serving import Times
@@ -199,9 +198,8 @@ class Plan:
             named.add("refinement")
         if not self.config.interactions:
             named.add("interactions")
-        if self.config.serving == ServingConfig():
-            named.add("serving")
-        exclude = dict.fromkeys(named, True) | {"menu": self.config.menu.silent}
+        exclude: dict[str, Any] = dict.fromkeys(named, True) | {"menu": self.config.menu.silent}
+        exclude["serving"] = self.config.serving.silent
         config = self.config.model_dump_json(exclude=exclude)
         texts = [f"{role}:{text.hash}" for role, text in sorted(self.texts.items())]
         extra = [self.quantizer] if self.packed or self.imatrix or REVISION > 1 else []

@@ -1,5 +1,6 @@
 """What `query`, `jobs` and `formats` print."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from bitfront import latency
 from bitfront.console import print_json, print_table
 from bitfront.fronts import Constraints, Front, best_point, layout_of, load_front
 from bitfront.sizes import show_bytes, show_seconds
-from cost_models.memory import PHASES, Workload, kv_cache_bytes, memory_bytes
+from cost_models.memory import PHASES, Phase, Sharing, Workload, kv_cache_bytes
 from engines import target_of
 from quantization.errors import BitfrontError
 from store.database import Store
@@ -50,24 +51,26 @@ def run_query(
     known = front.job.facts.get("memory", {"workload": {}, "activation_bytes": 0})
     given = {k: v for k, v in {"batch": batch, "context": context}.items() if v is not None}
     workload = Workload(**{**known["workload"], **given})
-    cache = kv_cache_bytes(layout, workload)
+    sharing = Sharing(**known.get("sharing", {}))
+    cache = sharing.cache(kv_cache_bytes(layout, workload))
     activations = 0 if given else known["activation_bytes"]
     bounds = {name: inf if limit is None else limit for name, limit in limits.items()}
-    point, why_not = best_point(front, Constraints(**bounds), cache + activations)
+    point, why_not = best_point(front, Constraints(**bounds), cache + activations, sharing)
     if point is None:
         raise NothingFitsError(str(why_not))
-    memory = memory_bytes(layout, point.weight_bytes, workload) + activations
+    memory = sharing.weights(point.weight_bytes) + cache + activations
     took = {
         phase: seconds
         for phase in PHASES
         if (seconds := latency.seconds(front.job, point.map_hash, phase)) is not None
     }
+    shared = {} if sharing.ranks == 1 else {"tensor_parallel": sharing.ranks}
     if as_json:
         found = next(p for p in front.to_json()["points"] if p["id"] == point.id)
         print_json({
             "job": front.job.id, "model": front.model.name, "point": found,
             "memory_bytes": memory, "kv_cache_bytes": cache, "activation_bytes": activations,
-            "workload": {"batch": workload.batch, "context": workload.context},
+            "workload": {"batch": workload.batch, "context": workload.context, **shared},
             **{f"{phase}_s": seconds for phase, seconds in took.items()},
         })  # fmt: skip
         return
@@ -75,18 +78,29 @@ def run_query(
     rows = {
         "average bits": f"{point.average_bits:.4f}",
         "weights": f"{show_bytes(point.weight_bytes)} ({point.weight_bytes:,} bytes)",
-        f"memory at {workload.batch} x {workload.context} tokens": f"{show_bytes(memory)} "
+        f"memory at {workload.batch} x {workload.context} tokens"
+        + (f", each of {sharing.ranks} devices" if shared else ""): f"{show_bytes(memory)} "
         f"(KV cache {show_bytes(cache)}"
         + (f", activations {show_bytes(activations)})" if activations else ")"),
         "KL, nats per token": f"{point.kl:.5f} ({point.kl_low:.5f} to {point.kl_high:.5f})",
         "perplexity": f"{point.perplexity:.3f} (unquantized {front.reference_perplexity or 0:.3f})",
         **{f"{phase} latency": show_seconds(seconds) for phase, seconds in took.items()},
+        **_request(front, took),
         "control": point.control or "no",
         "take it": f"bitfront export {front.job.id} --point {point.id} --to {_target(front)} -o DIR",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     print_table(table)
+
+
+def _request(front: Front, took: Mapping[Phase, float]) -> dict[str, str]:
+    """A prompt and its answer, where both were asked for."""
+    if len(took) < len(PHASES):
+        return {}
+    prompt, generated = (front.job.facts["times"]["workload"][k] for k in ("prompt", "generated"))
+    seconds = took["prefill"] + generated * took["decode"]
+    return {f"a request of {prompt} and {generated} tokens": show_seconds(seconds)}
 
 
 def _target(front: Front) -> str:

@@ -5,7 +5,7 @@ On this machine they are measured (`profiling.py`); on a device of the catalogue
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +95,9 @@ def limits_s(serving: ServingConfig) -> dict[Phase, float]:
 
 def workload_of(serving: ServingConfig) -> Workload:
     """What the job's maps are to do."""
-    return Workload(serving.batch, serving.context, serving.prompt)
+    return Workload(
+        serving.batch, serving.context, serving.prompt, serving.generated, serving.tensor_parallel
+    )
 
 
 def engine_of(serving: ServingConfig) -> Rules | None:
@@ -125,6 +127,11 @@ def engine_of(serving: ServingConfig) -> Rules | None:
             raise ConfigError(
                 f"threads are of this machine; leave --threads out for '{serving.device}'"
             )
+    elif serving.tensor_parallel > 1:
+        raise ConfigError(
+            f"tensor_parallel is {serving.tensor_parallel}, and {engine.name} is timed on one device "
+            "of this machine; name a device of the catalogue (bitfront devices)"
+        )
     elif serving.batch > 1:
         raise ConfigError(
             f"batch is {serving.batch}, and {engine.name} is timed for one sequence on this "
@@ -142,7 +149,8 @@ def subject_of(
 ) -> Subject:
     """What is timed on this machine."""
     place = place_of(serving, engine)
-    return Subject(place, engine, workload_of(serving), layout, menu, offered)
+    workload = replace(workload_of(serving), generated=Workload().generated)  # changes no time
+    return Subject(place, engine, workload, layout, menu, offered)
 
 
 def place_of(serving: ServingConfig, engine: Engine) -> Place:

@@ -53,6 +53,49 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """What of a map's bytes one of several ranks holds, as an upper bound.
+
+    Args:
+        ranks: devices that share every matrix.
+        units: how many are divided; each may be rounded up by a byte.
+        other_bytes: what isn't divided, and every rank has.
+        cache_share: of the KV cache, a rank's.
+    """
+
+    ranks: int = 1
+    units: int = 0
+    other_bytes: int = 0
+    cache_share: float = 1.0
+
+    def weights(self, weight_bytes: int) -> int:
+        """A rank's, of a map's weight bytes."""
+        if self.ranks == 1:
+            return weight_bytes
+        return ceil((weight_bytes - self.other_bytes) / self.ranks) + self.units + self.other_bytes
+
+    def most_weights(self, rank_bytes: int) -> int:
+        """The weight bytes of a map of which a rank holds no more than so many."""
+        if self.ranks == 1:
+            return rank_bytes
+        return self.ranks * (rank_bytes - self.units - self.other_bytes) + self.other_bytes
+
+    def cache(self, cache_bytes: int) -> int:
+        """A rank's, of a KV cache."""
+        return ceil(cache_bytes * self.cache_share)
+
+
+def sharing_of(layout: Layout, geometry: Geometry, workload: Workload, other_bytes: int) -> Sharing:
+    """Of a workload's ranks; `other_bytes` are those outside units."""
+    if workload.tensor_parallel == 1:
+        return Sharing()
+    whole = kv_cache_bytes(layout, workload)
+    own = _rank_cache(layout, geometry, workload, FULL_CACHE_BITS)
+    share = own / whole if whole else 1.0
+    return Sharing(workload.tensor_parallel, len(layout.units), other_bytes, share)
+
+
+@dataclass(frozen=True)
 class Footprint:
     """What one rank holds, in bytes; ranks are alike up to rounding.
 

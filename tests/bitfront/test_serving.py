@@ -19,15 +19,16 @@ from bitfront.plan import make_plan
 from bitfront.profiling import profile
 from bitfront.progress import Silent
 from bitfront.querying import run_query
-from bitfront.serving import measured_times, subject_of, timed
+from bitfront.serving import measured_times, subject_of, timed, workload_of
 from cost_models.geometry import geometry_of
-from cost_models.memory import activation_bytes, kv_cache_bytes
+from cost_models.memory import activation_bytes, footprint, kv_cache_bytes
 from engines import ENGINES
 from engines.base import Run, Timing
 from engines.llama_cpp import LlamaCpp
 from quantization.checkpoints import load_config
 from quantization.errors import WorkerDiedError
 from quantization.formats.gguf import TYPES
+from quantization.schemes import Scheme
 from search.errors import InfeasibleBudgetError
 from store.database import Store
 from store.queries import candidates_of, find_job
@@ -221,9 +222,54 @@ def test_no_map_breaks_a_limit_on_memory_and_a_query_counts_alike(folder, store,
     assert answer["decode_s"] > 0
 
 
-def _workload():
-    from bitfront.serving import workload_of
+def test_memory_is_each_devices_where_several_share_the_layers(folder, store, done, capsys):
+    """A map fits into each of two devices with half of its matrices and half of the cache."""
+    plan, _ = done
+    whole = plan.budgets[0] + kv_cache_bytes(plan.layout, _workload())
+    limit = whole // 2 + plan.other_bytes + working_bytes(plan) + 64
+    two = ServingConfig(context=32, prompt=32, tensor_parallel=2, max_memory_bytes=limit)
+    config = config_of(folder, two, menu={**MENU, "schemes": ["int4-g32", "int8-g32", "bf16"]})
+    sharded = make_plan(config)
+    job = run_search(sharded, store, InProcessPool, Silent())
+    geometry = geometry_of(load_config(sharded.checkpoint), sharded.layout)
+    candidates = candidates_of(store, job)
+    assert candidates
+    for candidate in candidates:
+        schemes = [Scheme.parse(name) for name in candidate.schemes]
+        held = footprint(sharded.layout, geometry, schemes, workload_of(two))
+        assert held.total - held.workspace <= limit
+    sizes = [candidate.weight_bytes for candidate in candidates]
+    assert max(sizes) > limit  # what one device alone couldn't hold
+    limits = dict.fromkeys(("weight_bytes", "average_bits", "kl", "decode_s", "prefill_s"))
+    run_query(store, job, {**limits, "memory_bytes": limit}, None, None, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["memory_bytes"] <= limit
+    assert answer["workload"]["tensor_parallel"] == 2
 
+
+def test_fields_that_came_later_tell_no_job_apart(folder):
+    """A store's jobs with an engine keep their keys; other answers are other jobs."""
+    usual = ServingConfig(engine="vllm")
+    dump = json.loads(usual.model_dump_json(exclude=usual.silent))
+    assert set(dump) & {"generated", "tensor_parallel"} == set()
+    config = config_of(folder, usual, menu={**MENU, "schemes": ["int8-g32-bf16", "bf16"]})
+    with pytest.raises(ConfigError, match="menu leaves nothing to decide"):  # no kernel so narrow
+        make_plan(config)
+    assert ServingConfig().silent is True
+    longer = ServingConfig(generated=7)
+    assert "generated" in json.loads(longer.model_dump_json(exclude=longer.silent))
+
+
+def test_a_request_is_a_prompt_and_its_answer(done, store, capsys):
+    _, job = done
+    limits = dict.fromkeys(
+        ("weight_bytes", "average_bits", "kl", "memory_bytes", "decode_s", "prefill_s")
+    )
+    run_query(store, job, limits, None, None, as_json=False)
+    assert f"a request of {SERVING.prompt} and 128 tokens" in capsys.readouterr().out
+
+
+def _workload():
     return workload_of(SERVING)
 
 
@@ -320,6 +366,10 @@ def test_limits_on_seconds_want_an_engine(folder):
         ),
         (["search", "MODEL", "--engine", "llama.cpp", "--batch", "4"], "batch is 4"),
         (["search", "MODEL", "--device", "rtx-4090"], "mean nothing without an engine"),
+        (
+            ["search", "MODEL", "--engine", "llama.cpp", "--tensor-parallel", "2"],
+            "tensor_parallel is 2",
+        ),
     ],
 )
 def test_bad_input_is_one_line(bitfront_command, folder, arguments, said):

@@ -69,6 +69,8 @@ def apply(
         else make_plan(load_config(model, None, _overrides(foreign, text)))
     )
     schemes = _schemes(base.layout, foreign, file)
+    if base.engine:  # a map that says bits leaves the type of the scales open
+        schemes = [base.engine.variant(scheme) for scheme in schemes]
     _check_served(base, schemes)
     job = known or open_planned(base, store)
     given = _Given(admitting(base, schemes), base, job, schemes, file)

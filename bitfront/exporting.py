@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def _write_checked(
     card: Callable[[Path, dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Write beside the folder, check, and move there: whole where nothing was, else file by file."""
+    is_new = not folder.parent.exists()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -125,6 +127,9 @@ def _write_checked(
         raise ExportError(f"can't write the export to '{folder}' ({error})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # somebody's files are in it
+                folder.parent.rmdir()
     return found
 
 

@@ -110,7 +110,7 @@ def _cells(facts: dict[str, Any]) -> list[str]:
     found = [f"Not timed, and left out: {cell}." for cell in facts["failed_cells"]]
     if facts["noisy_cells"]:
         found.append(
-            f"{facts['noisy_cells']} products could not be timed well: their repeats differ by more "
-            "than 15 %. Close what else runs on this machine, then profile again."
+            f"Products that could not be timed well, since their repeats differ by more than 15 %: "
+            f"{facts['noisy_cells']}. Close what else runs on this machine, then profile again."
         )
     return found

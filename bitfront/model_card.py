@@ -37,7 +37,7 @@ def write_card(
         found: what the reload told.
     """
     parts = [
-        _front_matter(front, target),
+        _front_matter(front, target, found),
         _summary(front, point, found),
         _formats(precision_map),
         _costs(front, point, found),
@@ -47,9 +47,10 @@ def write_card(
     (folder / FILE_NAME).write_text("\n".join(parts))
 
 
-def _front_matter(front: Front, target: str) -> str:
+def _front_matter(front: Front, target: str, found: dict[str, Any]) -> str:
     """What model hubs read."""
-    data = {"base_model": front.model.name, "tags": ["bitfront", "quantized", target]}
+    kind = "recipe" if "modules" in found else "quantized"
+    data = {"base_model": front.model.name, "tags": ["bitfront", kind, target]}
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n"
 
 
@@ -74,6 +75,13 @@ def _summary(front: Front, point: Point, found: dict[str, Any]) -> str:
             f"- read back by its own loader: KL {found['reloaded_kl']:.5f} on {found['chunks']} "
             f"chunks, where {found['measured_kl']:.5f} was measured"
         )
+    if "modules" in found:
+        lines.append(
+            "- these figures are of the weights as Bitfront rounded them: this is a recipe, and the "
+            "tool rounds by itself"
+        )
+    if refused := found.get("not_in_vllm"):
+        lines.append(f"- vLLM has no kernel for {len(refused)} units, such as `{refused[0]}`")
     if found.get("serve"):
         lines += ["", "```", found["serve"], "```"]
     return "\n".join(lines) + "\n"

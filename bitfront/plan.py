@@ -240,7 +240,8 @@ def make_plan(config: JobConfig) -> Plan:
     if not any(len(row) > 1 for row in choices):
         raise ConfigError(
             f"the menu leaves nothing to decide: of {', '.join(config.menu.schemes)} every "
-            "unit can get one scheme only; give two or more that apply, such as int4-g64,bf16"
+            "unit can get one scheme only"
+            + (rules.why_not(layout, config.menu, engine) or "; give two or more that apply")
         )
     columns = tuple(menu(choices))
     requests = {

@@ -44,6 +44,16 @@ def _served(unit: Unit, schemes: tuple[Scheme, ...], engine: Rules | None) -> tu
     return served
 
 
+def why_not(layout: Layout, menu: Menu, engine: Rules | None) -> str | None:
+    """Why an engine serves nothing of a menu but full precision, by the first unit of a block."""
+    unit = next((unit for unit in layout.units if unit.layer is not None), None)
+    if engine is None or unit is None:
+        return None
+    reasons = (engine.unit_refusal(unit, Scheme.parse(name)) for name in menu.schemes)
+    why = next((why for why in reasons if why), None)
+    return f" ({unit.name}: {why})" if why else None
+
+
 def _choices(
     unit: Unit,
     schemes: Sequence[Scheme],

@@ -53,8 +53,12 @@ def target_of(engine: str | None) -> str:
 
 
 def load_target(name: str) -> Target:
-    """The target of that name; raises `UnknownNameError` with the nearest ones."""
-    target: Target = _load(TARGETS[name])
+    """The target of that name, or what an engine of that name loads.
+
+    Raises:
+        UnknownNameError: neither, with the nearest ones.
+    """
+    target: Target = _load(TARGETS[LOADS.get(name, name)])
     return target
 
 

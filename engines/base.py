@@ -145,6 +145,10 @@ class Rules(ABC):
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """Why it can't serve a site under a scheme, or None."""
 
+    def variant(self, scheme: Scheme) -> Scheme:
+        """A scheme that it serves of the same bits and groups, whatever the type of the scales."""
+        return scheme
+
     def presets(self, config: Any, layout: Layout) -> Mapping[str, Mapping[str, str]]:
         """The vendor's own mixes: the weight format of each parameter that they speak of, by name.
 

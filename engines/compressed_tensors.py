@@ -10,6 +10,8 @@ again. Zero points lie along the rows there, and NVFP4's tensor scale is a divis
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,9 @@ class CompressedTensorsFiles(CheckpointTarget):
         assert export.evaluator is not None
         if _has_zeros(export):
             return load_dense(folder, export.evaluator.bank.dtype)
-        model = reload(export, folder, torch.bfloat16)
-        model(torch.zeros((1, 1), dtype=torch.long))  # decompresses, in its first pass
+        with redirect_stderr(StringIO()):  # bars
+            model = reload(export, folder, torch.bfloat16)
+            model(torch.zeros((1, 1), dtype=torch.long))  # decompresses, in its first pass
         return model.to(export.evaluator.bank.dtype)
 
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:

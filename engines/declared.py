@@ -18,6 +18,8 @@ from quantization.errors import BitfrontError
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Site, UnitKind
 
+BF16_SCALES = "-bf16"
+"""How names of formats end whose scales are in bfloat16 instead of float16."""
 Divisor = Annotated[int, Field(ge=1)]
 
 
@@ -109,6 +111,15 @@ class Declared(Rules):
         """See `Rules.kept`."""
         return self.runtime.kept
 
+    def variant(self, scheme: Scheme) -> Scheme:
+        """See `Rules.variant`."""
+        plain = scheme.weight.removesuffix(BF16_SCALES)
+        for weight in (scheme.weight, plain, plain + BF16_SCALES):
+            found = Scheme(weight, scheme.activation)
+            if any(served.matches(found) for served in self.runtime.formats):
+                return found
+        return scheme
+
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Rules.refusal`."""
         from quantization.formats import FORMATS
@@ -119,7 +130,12 @@ class Declared(Rules):
             return "packed experts and transposed weights aren't written for it yet"
         known = [served for served in self.runtime.formats if served.matches(scheme)]
         if not known:
-            offered = ", ".join(served.formats for served in self.runtime.formats)
+            near = self.variant(scheme)
+            offered = (
+                ", ".join(served.formats for served in self.runtime.formats)
+                if near == scheme
+                else f"{near.name}, which differs in the type of its scales"
+            )
             return f"{self.runtime.title} has no kernel for {scheme.name}; it has {offered}"
         reasons = [served.refusal(site.shape) for served in known]
         if None not in reasons:

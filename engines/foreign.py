@@ -71,7 +71,8 @@ def read_map(path: Path, checkpoint: Checkpoint, layout: Layout) -> Foreign:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"can't read the map '{path}': {error}") from error
+        told = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"can't read the map '{path}': {told}") from error
     try:
         document = yaml.safe_load(text) if path.suffix in YAML else json.loads(text)
     except ValueError:
@@ -150,7 +151,10 @@ def _of_recipe(document: Mapping[str, Any]) -> Foreign | None:
 def _of_bits(path: Path, document: Mapping[str, Any], names: Sequence[str]) -> Foreign:
     known = {name: document[name] for name in names if name in document}
     if not known:
-        raise ModelError(f"'{path}' is no map: it says nothing of {names[0]}")
+        first = next(iter(document), None)
+        raise ModelError(
+            f"'{path}' names no layer of this model ({first!r} isn't one, {names[0]} is)"
+        )
     formats = {}
     for name, value in known.items():
         whole = isinstance(value, int) and not isinstance(value, bool)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from engines.base import Export, Target
+from engines.declared import BF16_SCALES
 from engines.neutral_map import NeutralMap
 from quantization.errors import ExportError
 from quantization.formats import FORMATS
@@ -68,7 +69,7 @@ class Recipe(Target):
 
 def canonical(format: str) -> str:
     """A format without the type of its scales, which the tool decides."""
-    return format.removesuffix("-bf16") if format in FORMATS else format
+    return format.removesuffix(BF16_SCALES) if format in FORMATS else format
 
 
 def matched(arguments: Mapping[str, Any], names: Mapping[str, Mapping[str, Any]]) -> str:

@@ -358,6 +358,10 @@ def test_limits_on_seconds_want_an_engine(folder):
             ["search", "MODEL", "--target", "vllm", "--max-decode-latency", "8ms"],
             "vllm can't be timed on this machine; name a device",
         ),
+        (
+            ["search", "MODEL", "--target", "mlx", "--menu", "int4-g32,int8-g32,bf16"],
+            "MLX has no kernel for int4-g32; it has int4-g32-bf16",
+        ),
         (["search", "MODEL", "--max-decode-latency", "8"], "'8' is not a time; write 8ms"),
         (["search", "MODEL", "--max-decode-latency", "8ms"], "needs an engine"),
         (

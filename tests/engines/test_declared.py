@@ -5,8 +5,9 @@ import json
 import pytest
 
 from bitfront.engine_views import show_engines
-from engines import ENGINES, TARGETS, load_engine, target_of
+from engines import ENGINES, TARGETS, load_engine, load_target, target_of
 from engines.declared import Served, load_runtime
+from quantization.adapter import describe
 from quantization.errors import BitfrontError, UnknownNameError
 from quantization.schemes import Scheme
 
@@ -18,6 +19,17 @@ def test_a_rule_speaks_of_weights_with_their_activations():
     assert served.refusal((64, 128)) is None
     assert served.refusal((32, 128)) == "32 rows don't divide by 64"
     assert served.refusal((64, 96)) == "96 columns don't divide by 128"
+
+
+def test_formats_that_differ_in_their_scales_are_offered(llama):
+    layout = describe(llama)
+    site = layout.units[1].stored[0]
+    ours, theirs = Scheme("int4-g32"), Scheme("int4-g32-bf16")
+    assert "it has int4-g32-bf16, which" in load_engine("mlx").refusal(site, ours)
+    assert "it has int4-g32, which" in load_engine("gptq").refusal(site, theirs)
+    assert load_engine("mlx").variant(ours) == theirs
+    assert load_engine("gptq").variant(theirs) == ours
+    assert load_engine("vllm").variant(Scheme("int3-g32")) == Scheme("int3-g32")
 
 
 def test_every_engine_is_printed_with_its_target(capsys):
@@ -41,6 +53,7 @@ def test_what_an_engine_loads_can_be_written():
 
 
 def test_unknown_names_and_files_are_one_line():
+    assert load_target("vllm").name == "compressed-tensors"
     with pytest.raises(UnknownNameError, match="nearest: vllm"):
         show_engines("vllmm", as_json=False)
     with pytest.raises(BitfrontError, match=r"configs/engines/none.yaml can't be used"):

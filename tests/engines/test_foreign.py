@@ -146,10 +146,10 @@ def test_names_are_ggufs(llama):
     ("name", "text", "complaint"),
     [
         ("a.json", "[1]", "holds a list"),
-        ("a.json", '{"other": 4}', "says nothing of"),
+        ("a.json", '{"other": 4}', "names no layer of this model .'other' isn't one"),
         ("a.json", json.dumps({QUERY: "int9-g64"}), "'int9-g64', which is neither"),
         ("a.json", '{"quantization_config": {"quant_method": "awq"}}', "quantized by 'awq'"),
-        ("a.json", '{"quantization_config": null}', "says nothing of"),
+        ("a.json", '{"quantization_config": null}', "names no layer of this model"),
         ("a.json", json.dumps({QUERY: 4.5}), "4.5, which is neither"),
         ("a.json", '{"quantization_config": {"quant_method": "gptq"}}', "no configuration of gptq"),
         ("a.txt", "no map at all", "neither JSON nor lines"),

@@ -333,7 +333,8 @@ def _alike(layout: Layout, choices: Choices) -> Iterator[tuple[list[Unit], Seque
 def _map(path: Path, dtype: torch.dtype) -> Tensors:
     """A file's parameters; packed ones as tensors that dequantize when they are looked at."""
     try:
-        with safe_open(path, framework="pt") as file:
+        # they are kept, also for passes that differentiate after a measurement has read them
+        with torch.inference_mode(mode=False), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             described = json.loads((file.metadata() or {}).get("packed", "{}"))
     except Exception as error:  # safetensors raises its own type for damaged files

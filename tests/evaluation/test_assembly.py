@@ -3,6 +3,24 @@
 import torch
 
 from evaluation.assembly import AssembledModel
+from quantization.adapter import describe
+from quantization.bank import Bank
+from quantization.quantizers import QUANTIZERS
+from tests.conftest import choices_of
+
+
+def test_a_bank_read_in_a_measurement_can_be_differentiated_through_later(llama):
+    """A worker that goes on with a job may measure first and take gradients then."""
+    layout = describe(llama)
+    bank = Bank(llama, layout, QUANTIZERS["rtn"], torch.float32)
+    bank.build(choices_of(layout))
+    model = AssembledModel(bank, torch.device("cpu"))
+    with torch.inference_mode():
+        model.assign(None)
+    hidden = torch.ones((1, 3), dtype=torch.long)
+    embedded = model.module.get_input_embeddings()(hidden).detach().requires_grad_()
+    model.module(inputs_embeds=embedded).logits.sum().backward()
+    assert float(embedded.grad.abs().sum()) > 0
 
 
 def test_weights_loaded_for_a_measurement_can_be_differentiated_through_later(make_bank):

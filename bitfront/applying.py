@@ -15,7 +15,7 @@ import numpy as np
 from bitfront.config import DEMO, ConfigError, load_config
 from bitfront.console import errors
 from bitfront.demo import demo_model
-from bitfront.fronts import Front, load_front
+from bitfront.fronts import GIVEN, Front, load_front
 from bitfront.pipeline import HELDOUT, SEARCH, measure, measure_reference, open_planned, spec_of
 from bitfront.plan import Plan, admitting, make_plan, plan_again
 from bitfront.progress import Lines, Progress, RichProgress
@@ -39,9 +39,6 @@ from store.queries import (
 )
 from store.tables import Candidate, Job
 from workers.pool import Task
-
-GIVEN = "given"
-"""What stands in the place of a control's kind."""
 
 
 def apply(

@@ -27,7 +27,8 @@ INTERACTIONS, REFINED = "interactions", "refined"
 
 ALONE = Sharing()
 """One device, which holds everything."""
-NAMED = ("preset", "given")
+PRESET, GIVEN = "preset", "given"
+NAMED = (PRESET, GIVEN)
 """Controls whose origin is a name."""
 
 

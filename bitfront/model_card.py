@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from bitfront import latency
-from bitfront.fronts import Front, Point
+from bitfront.fronts import GIVEN, Front, Point
 from bitfront.sizes import show_bytes, show_seconds
 from cost_models.memory import PHASES
 from quantization.precision_map import PrecisionMap
@@ -123,7 +123,7 @@ def _again(front: Front, point: Point, target: str) -> str:
     """The job as it was asked for."""
     config = {k: v for k, v in front.job.config.items() if k != "model"}
     model = front.job.config["model"]
-    given = point.control == "given"  # somebody else's map: no search finds it
+    given = point.control == GIVEN  # somebody else's map: no search finds it
     return "\n".join([
         "## Again\n",
         "```",

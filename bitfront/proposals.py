@@ -6,6 +6,7 @@ from contextlib import suppress
 import numpy as np
 
 from bitfront.budgets import most_bytes
+from bitfront.fronts import PRESET
 from bitfront.plan import Plan
 from bitfront.serving import limits_s, resource
 from cost_models import weight_bytes
@@ -45,7 +46,7 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
     for column, choice in uniforms:
         add(choice, f"uniform {plan.menu[column].name}", "uniform")
     for name, choice in _presets(plan):
-        add(choice, f"preset {name}", "preset")
+        add(choice, f"{PRESET} {name}", PRESET)
     sizes = sorted(plan.weight_bytes(choice) for _, choice in uniforms)
     generator = np.random.default_rng(plan.config.seed)
     asked = plan.config.budgets or plan.config.budgets_bytes

@@ -10,15 +10,15 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from bitfront.audit_views import audit_remarks, calibration_figure, ranked
-from bitfront.fronts import Front, Point, layout_of
+from bitfront.fronts import GIVEN, PRESET, Front, Point, layout_of
 from bitfront.sizes import show_bytes
 from quantization.errors import ExportError
 from quantization.units import Layout, Unit
 
 INK, MUTED, ACCENT, CONTROL, RANDOM = "#1b1f24", "#6e7781", "#0b62d6", "#c2410c", "#9aa4af"
 CONTROLS = (
-    ("uniform", CONTROL, "square"), ("random", RANDOM, "x"), ("preset", "#15803d", "diamond"),
-    ("given", "#7c3aed", "star"),
+    ("uniform", CONTROL, "square"), ("random", RANDOM, "x"), (PRESET, "#15803d", "diamond"),
+    (GIVEN, "#7c3aed", "star"),
 )  # fmt: skip
 
 STYLE = f"""

@@ -144,11 +144,6 @@ def kv_cache_bytes(
     )
 
 
-def memory_bytes(layout: Layout, weight_bytes: int, workload: Workload) -> int:
-    """What a map with these weights takes in memory under a workload, activations excluded."""
-    return weight_bytes + kv_cache_bytes(layout, workload)
-
-
 def footprint(
     layout: Layout,
     geometry: Geometry,

@@ -95,5 +95,6 @@ __all__ = [
     "Target",
     "load_engine",
     "load_target",
+    "load_timed",
     "target_of",
 ]

@@ -7,9 +7,8 @@ AutoRound(model, layer_config=yaml.safe_load(open("layer_config.yaml"))).quantiz
 from collections.abc import Mapping
 from typing import Any
 
-from engines.recipe import Recipe, canonical, matched
-from engines.regular import integer
-from quantization.errors import ExportError, UnknownNameError
+from engines.recipe import Recipe, matched
+from engines.regular import bits_and_group, integer_named
 from quantization.schemes import FULL_PRECISION
 
 FULL = {"bits": 16, "data_type": "fp"}
@@ -34,13 +33,7 @@ class AutoRound(Recipe):
             return dict(FULL)
         if format in FLOATS:
             return dict(FLOATS[format])
-        made = integer(format)
-        return {
-            "bits": made.element.bits,
-            "group_size": made.columns or -1,
-            "sym": not made.asymmetric,
-            "data_type": "int",
-        }
+        return {**bits_and_group(format), "data_type": "int"}
 
     def format_of(self, arguments: Mapping[str, Any]) -> str:
         """See `Recipe.format_of`."""
@@ -48,14 +41,8 @@ class AutoRound(Recipe):
             return FULL_PRECISION
         if arguments.get("data_type") != "int":
             return matched(arguments, FLOATS)
-        group = arguments["group_size"]
-        name = f"int{arguments['bits']}-{'channel' if group == -1 else f'g{group}'}"
-        found = name if arguments.get("sym", True) else f"{name}-asym"
-        try:
-            integer(found)
-        except UnknownNameError as error:
-            raise ExportError(f"no format here stands for {dict(arguments)}") from error
-        return canonical(found)
+        asymmetric = not arguments.get("sym", True)
+        return integer_named(arguments["bits"], arguments["group_size"], asymmetric=asymmetric)
 
     def document(self, formats: Mapping[str, str]) -> dict[str, Any]:
         """See `Recipe.document`."""

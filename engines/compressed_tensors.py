@@ -88,7 +88,30 @@ class CompressedTensorsFiles(CheckpointTarget):
 
     def stored(self, packed: Packed) -> dict[str, Tensor]:
         """See `CheckpointTarget.stored`."""
-        return stored(packed)
+        format, tensors = FORMATS[packed.format], packed.tensors
+        assert isinstance(format, Scaled)
+        if format.name == "nvfp4":
+            return {
+                "weight_packed": tensors["codes"],
+                "weight_scale": tensors["scales"],
+                "weight_global_scale": 1 / tensors["tensor_scale"].reshape(1),
+            }
+        if not isinstance(format.element, SignedInteger):
+            scales = tensors["scales"]
+            return {
+                "weight": tensors["codes"].view(torch.float8_e4m3fn),
+                "weight_scale": scales.reshape(1) if format.rows is WHOLE else scales,
+            }
+        bits = format.element.bits
+        found = {
+            "weight_packed": as_words(tensors["codes"]),
+            "weight_scale": tensors["scales"],
+            "weight_shape": torch.tensor(packed.shape),
+        }
+        if format.asymmetric:
+            zeros = unpack_bits(tensors["zeros"], bits, tensors["scales"].shape[-1])
+            found["weight_zero_point"] = as_words(pack_bits(zeros.mT.contiguous(), bits)).mT
+        return found
 
     def config_of(self, layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
         """See `CheckpointTarget.config_of`."""
@@ -107,12 +130,15 @@ class CompressedTensorsFiles(CheckpointTarget):
                 "the export is read back with compressed-tensors: pip install 'bitfront[export]'"
             )
         assert export.evaluator is not None
+        bank = export.evaluator.bank
         if _has_zeros(export):
-            return load_dense(folder, export.evaluator.bank.dtype)
+            return load_dense(
+                folder, bank.dtype, trust_remote_code=bank.checkpoint.trust_remote_code
+            )
         with redirect_stderr(StringIO()):  # bars
             model = reload(export, folder, torch.bfloat16)
             model(torch.zeros((1, 1), dtype=torch.long))  # decompresses, in its first pass
-        return model.to(export.evaluator.bank.dtype)
+        return model.to(bank.dtype)
 
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
         """How to serve it, or which units vLLM has no kernels for."""
@@ -125,7 +151,7 @@ class CompressedTensorsFiles(CheckpointTarget):
         return {"serve": serve, "not_in_vllm": refused, "loader": loader}
 
 
-def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder, each matrix decompressed by the library under its own group."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
@@ -143,7 +169,10 @@ def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
         values: Tensor = compressor.decompress(parts, group)["weight"]
         return values.to(dtype)
 
-    return assembled(folder, dtype, value_of, is_plain=lambda t: t.dtype != torch.float8_e4m3fn)
+    return assembled(
+        folder, dtype, value_of, is_plain=lambda t: t.dtype != torch.float8_e4m3fn,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 def _has_zeros(export: Export) -> bool:
@@ -273,31 +302,3 @@ def _compression(format: Any) -> str:
     if format.name == "nvfp4":
         return "nvfp4-pack-quantized"
     return PACKED if isinstance(format.element, SignedInteger) else FLOAT
-
-
-def stored(packed: Packed) -> dict[str, Tensor]:
-    """The tensors of one matrix by the library's names."""
-    format, tensors = FORMATS[packed.format], packed.tensors
-    assert isinstance(format, Scaled)
-    if format.name == "nvfp4":
-        return {
-            "weight_packed": tensors["codes"],
-            "weight_scale": tensors["scales"],
-            "weight_global_scale": 1 / tensors["tensor_scale"].reshape(1),
-        }
-    if not isinstance(format.element, SignedInteger):
-        scales = tensors["scales"]
-        return {
-            "weight": tensors["codes"].view(torch.float8_e4m3fn),
-            "weight_scale": scales.reshape(1) if format.rows is WHOLE else scales,
-        }
-    bits = format.element.bits
-    found = {
-        "weight_packed": as_words(tensors["codes"]),
-        "weight_scale": tensors["scales"],
-        "weight_shape": torch.tensor(packed.shape),
-    }
-    if format.asymmetric:
-        zeros = unpack_bits(tensors["zeros"], bits, tensors["scales"].shape[-1])
-        found["weight_zero_point"] = as_words(pack_bits(zeros.mT.contiguous(), bits)).mT
-    return found

@@ -19,10 +19,16 @@ from engines.base import Export
 from engines.checkpoint_files import assembled
 from engines.checkpoint_target import CheckpointTarget
 from engines.declared import Declared
-from engines.regular import group_of, integer, most_common, named
+from engines.regular import (
+    bits_and_group,
+    group_of,
+    integer,
+    integer_named,
+    most_common,
+    named,
+)
 from engines.words import as_words
-from quantization.errors import ExportError
-from quantization.formats import FORMATS, Packed
+from quantization.formats import Packed
 from quantization.packing import pack_bits, unpack_bits
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
@@ -33,6 +39,7 @@ FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
 """What vLLM calls the matrix that a module is a part of, and looks rules up by."""
+USUAL_GROUP = 128
 SKIP, CHANGE = "-:", "+:"
 """How keys of `dynamic` begin; a regular expression that module names are matched with follows."""
 
@@ -84,7 +91,8 @@ class GPTQCheckpoint(CheckpointTarget):
     def load(self, export: Export, folder: Path) -> nn.Module:
         """See the class."""
         assert export.evaluator is not None
-        return load_dense(folder, export.evaluator.bank.dtype)
+        bank = export.evaluator.bank
+        return load_dense(folder, bank.dtype, trust_remote_code=bank.checkpoint.trust_remote_code)
 
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
         """How to serve it: vLLM's Marlin kernels are for 4 and 8 bits, its older ones for all."""
@@ -94,7 +102,7 @@ class GPTQCheckpoint(CheckpointTarget):
         return {"serve": serve, "loader": "by the documented layout"}
 
 
-def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder with dequantized weights, each as its configuration says."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
 
@@ -104,7 +112,7 @@ def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
         format = integer(formats_of(config, [module])[module])
         return _values(parts, format.element.bits).to(dtype)
 
-    return assembled(folder, dtype, value_of)
+    return assembled(folder, dtype, value_of, trust_remote_code=trust_remote_code)
 
 
 def config_of(formats: Mapping[str, str]) -> dict[str, Any]:
@@ -115,10 +123,10 @@ def config_of(formats: Mapping[str, str]) -> dict[str, Any]:
         if format == FULL_PRECISION:
             dynamic[SKIP + _exactly(name)] = {}
         elif format != base:
-            dynamic[CHANGE + _exactly(name)] = _arguments(format)
+            dynamic[CHANGE + _exactly(name)] = bits_and_group(format)
     return {
         "quant_method": "gptq", "checkpoint_format": "gptq", "desc_act": False, "lm_head": False,
-        **_arguments(base), "dynamic": dynamic,
+        **bits_and_group(base), "dynamic": dynamic,
     }  # fmt: skip
 
 
@@ -141,24 +149,10 @@ def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str
     return found
 
 
-def _arguments(format: str) -> dict[str, Any]:
-    made = integer(format)
-    return {
-        "bits": made.element.bits,
-        "group_size": made.columns or -1,
-        "sym": not made.asymmetric,
-    }
-
-
 def _format_of(arguments: Mapping[str, Any]) -> str:
-    group = arguments.get("group_size", 128)
-    name = f"int{arguments['bits']}-{'channel' if group == -1 else f'g{group}'}"
-    name += "" if arguments.get("sym", True) else "-asym"
-    if name not in FORMATS:
-        raise ExportError(
-            f"no format here stands for GPTQ's {arguments['bits']} bits, group {group}"
-        )
-    return name
+    asymmetric = not arguments.get("sym", True)
+    group = arguments.get("group_size", USUAL_GROUP)
+    return integer_named(arguments["bits"], group, asymmetric=asymmetric)
 
 
 def _exactly(name: str) -> str:

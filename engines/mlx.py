@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from engines.base import Export
 from engines.checkpoint_files import assembled
 from engines.checkpoint_target import CheckpointTarget
-from engines.declared import Declared
-from engines.regular import integer, most_common, named
+from engines.declared import BF16_SCALES, Declared
+from engines.regular import integer, integer_named, most_common, named
 from engines.words import as_words
 from quantization.errors import ExportError
-from quantization.formats import FORMATS, Packed
+from quantization.formats import Packed
 from quantization.packing import unpack_bits
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
@@ -74,15 +74,15 @@ class MLXCheckpoint(CheckpointTarget):
     def load(self, export: Export, folder: Path) -> nn.Module:
         """See the class."""
         assert export.evaluator is not None
-        dtype = export.evaluator.bank.dtype
-        return load_dense(folder, dtype)
+        bank = export.evaluator.bank
+        return load_dense(folder, bank.dtype, trust_remote_code=bank.checkpoint.trust_remote_code)
 
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
         """How to serve it."""
         return {"serve": "mlx_lm.server --model DIR", "loader": "by the documented layout"}
 
 
-def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder with dequantized weights, each as its configuration says."""
     config = json.loads((folder / "config.json").read_text())["quantization"]
 
@@ -96,7 +96,13 @@ def load_dense(folder: Path, dtype: torch.dtype) -> nn.Module:
         values = codes.unflatten(-1, (-1, group)) * scales[..., None] + biases[..., None]
         return values.flatten(-2).to(dtype)
 
-    return assembled(folder, dtype, replaced, is_plain=lambda tensor: tensor.is_floating_point())
+    return assembled(
+        folder,
+        dtype,
+        replaced,
+        is_plain=Tensor.is_floating_point,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def config_of(formats: Mapping[str, str]) -> dict[str, Any]:
@@ -127,11 +133,6 @@ def _arguments(format: str) -> dict[str, Any]:
 
 
 def _format_of(arguments: Mapping[str, Any]) -> str:
-    bits, group = arguments["bits"], arguments.get("group_size", 64)
-    name = f"int{bits}-g{group}-bf16"
-    if arguments.get("mode", AFFINE) != AFFINE or name not in FORMATS:
-        raise ExportError(
-            f"no format here stands for MLX's {arguments.get('mode', AFFINE)}, {bits} bits, "
-            f"group {group}"
-        )
-    return name
+    if (mode := arguments.get("mode", AFFINE)) != AFFINE:
+        raise ExportError(f"no format here stands for MLX's mode {mode}")
+    return integer_named(arguments["bits"], arguments.get("group_size", 64), end=BF16_SCALES)

@@ -7,10 +7,9 @@ mtq.quantize(model, yaml.safe_load(open("quant_cfg.yaml")), forward_loop)
 from collections.abc import Mapping
 from typing import Any
 
-from engines.recipe import Recipe, canonical, matched
-from engines.regular import integer
+from engines.recipe import Recipe, matched
+from engines.regular import integer, integer_named
 from quantization.errors import ExportError
-from quantization.formats import FORMATS
 from quantization.schemes import FULL_PRECISION
 
 QUANTIZER = ".weight_quantizer"
@@ -57,11 +56,8 @@ class ModelOptimizer(Recipe):
         bits = arguments["num_bits"]
         if not isinstance(bits, int):
             return matched(arguments, FLOATS)
-        blocks = arguments.get("block_sizes")
-        name = f"int{bits}-{f'g{blocks[COLUMNS]}' if blocks else 'channel'}"
-        if name not in FORMATS:
-            raise ExportError(f"no format here stands for {dict(arguments)}")
-        return canonical(name)
+        blocks = arguments.get("block_sizes") or {}
+        return integer_named(bits, blocks.get(COLUMNS))
 
     def document(self, formats: Mapping[str, str]) -> dict[str, Any]:
         """See `Recipe.document`."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from quantization.errors import ExportError
 from quantization.formats import FORMATS
@@ -27,6 +28,35 @@ def integer(name: str) -> Scaled:
     ):
         raise ExportError(f"{name} is no format of integers under plain scales")
     return format
+
+
+def integer_named(bits: int, group: int | None, *, asymmetric: bool = False, end: str = "") -> str:
+    """The format of integers of so many bits.
+
+    Args:
+        bits: of a code.
+        group: columns that share a scale; None or -1 for a whole row.
+        asymmetric: with zero points.
+        end: of the name: the type of its scales.
+
+    Raises:
+        ExportError: there is none.
+    """
+    columns = "channel" if group in (None, -1) else f"g{group}"
+    name = f"int{bits}-{columns}{'-asym' if asymmetric else ''}{end}"
+    if name not in FORMATS:
+        raise ExportError(f"no format here is {bits} bits in groups of {group} ({name})")
+    return name
+
+
+def bits_and_group(name: str) -> dict[str, Any]:
+    """What GPTQ and AutoRound are told of a format of integers."""
+    made = integer(name)
+    return {
+        "bits": made.element.bits,
+        "group_size": made.columns or -1,
+        "sym": not made.asymmetric,
+    }
 
 
 def group_of(format: Scaled, columns: int) -> int:

@@ -4,6 +4,8 @@ Our codes and scales become `IntxUnpackedToInt8Tensor` (a byte a code, whatever 
 `Float8Tensor`; nothing is quantized again.
 """
 
+import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -16,8 +18,8 @@ from transformers.utils import is_torchao_available
 
 from engines.base import Export
 from engines.checkpoint_target import CheckpointTarget
-from engines.declared import Declared
-from engines.regular import group_of, integer, named
+from engines.declared import BF16_SCALES, Declared
+from engines.regular import group_of, integer, integer_named, named
 from engines.reload import reload
 from quantization.errors import ExportError
 from quantization.formats import FORMATS, Packed
@@ -25,6 +27,7 @@ from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
 
 FLOAT = "fp8-e4m3-channel"
+PATTERN = "re:"
 SCALE_BYTES, ZERO_BYTES = 2, 1
 
 
@@ -116,12 +119,21 @@ def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str
     """
     from transformers import TorchAoConfig
 
-    chosen = TorchAoConfig.from_dict(dict(config)).get_apply_tensor_subclass().fqn_to_config
-    found = {}
-    for name in names:
-        own = chosen.get(name)
-        found[name] = FULL_PRECISION if own is None else _format_of(own)
-    return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of keys that others chose
+        read = TorchAoConfig.from_dict(dict(config))
+    chosen = read.get_apply_tensor_subclass().fqn_to_config
+    return {name: _format_of(_own(chosen, name)) for name in names}
+
+
+def _own(chosen: Mapping[str, Any], name: str) -> Any:
+    """A module's configuration: by its name, by the first pattern, or the usual one."""
+    if name in chosen:
+        return chosen[name]
+    for pattern, config in chosen.items():
+        if pattern.startswith(PATTERN) and re.fullmatch(pattern.removeprefix(PATTERN), name):
+            return config
+    return chosen.get("_default")
 
 
 def _config(format: str) -> Any:
@@ -139,17 +151,19 @@ def _config(format: str) -> Any:
 
 
 def _format_of(config: Any) -> str:
-    from torchao.quantization import Float8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization import Float8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType
     from torchao.quantization.granularity import PerGroup
 
+    if config is None:
+        return FULL_PRECISION
     if isinstance(config, Float8WeightOnlyConfig):
         return FLOAT
-    if not isinstance(config, IntxWeightOnlyConfig):
-        raise ExportError(f"no format here stands for torchao's {type(config).__name__}")
-    bits = str(config.weight_dtype).removeprefix("torch.")
+    if not isinstance(config, IntxWeightOnlyConfig) or config.mapping_type != MappingType.SYMMETRIC:
+        raise ExportError(f"no format here stands for torchao's {config}")
+    bits = int(str(config.weight_dtype).removeprefix("torch.int"))
     granularity = config.granularity
-    group = f"g{granularity.group_size}" if isinstance(granularity, PerGroup) else "channel"
-    return f"{bits}-{group}-bf16"
+    group = granularity.group_size if isinstance(granularity, PerGroup) else None
+    return integer_named(bits, group, end=BF16_SCALES)
 
 
 def _subclass(packed: Packed) -> Any:

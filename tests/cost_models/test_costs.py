@@ -3,7 +3,7 @@
 import pytest
 
 from cost_models import weight_bytes
-from cost_models.memory import Workload, kv_cache_bytes, memory_bytes
+from cost_models.memory import Workload, kv_cache_bytes
 from quantization.formats import FORMATS
 from quantization.schemes import Scheme
 from quantization.units import CacheLayer, Layout
@@ -42,7 +42,7 @@ def test_predicted_bytes_equal_packed_bytes(make_bank, family):
 def test_the_cache_counts_batch_context_and_windows():
     layout = Layout((), (), 0, (CacheLayer(64), CacheLayer(64, window=100)))
     assert kv_cache_bytes(layout, Workload(batch=3, context=1000)) == 2 * 3 * 64 * (1000 + 100)
-    assert memory_bytes(layout, 10, Workload(1, 50)) == 10 + 2 * 64 * 100
+    assert kv_cache_bytes(layout, Workload(1, 50)) == 2 * 64 * 100
 
 
 def test_smollm2_like_cache():

@@ -238,23 +238,22 @@ def test_configurations_read_back_as_the_map(data):
         assert module.formats_of(config, NAMES) == chosen
 
 
+def begun(checkpoint, chosen):
+    """The first units of the blocks in these formats, the rest in full precision."""
+    layout = describe(checkpoint)
+    units = [unit for unit in layout.units if unit.layer is not None][: len(chosen)]
+    of = dict(zip((unit.name for unit in units), chosen, strict=False))
+    return layout, [Scheme(of.get(unit.name, "bf16")) for unit in layout.units]
+
+
 @settings(max_examples=10, deadline=None)
 @given(maps(MENUS["compressed-tensors"]))
 def test_compressed_tensors_reads_back_as_the_map(llama, chosen):
     pytest.importorskip("compressed_tensors")
-    layout = describe(llama)
-    units = [unit for unit in layout.units if unit.layer is not None][: len(chosen)]
-    of = dict(zip((unit.name for unit in units), chosen, strict=False))
-    schemes = [Scheme(of.get(unit.name, "bf16")) for unit in layout.units]
+    layout, schemes = begun(llama, chosen)
     config = json.loads(json.dumps(compressed_tensors.config_of(layout, schemes)))
-    names = [s.name for u in layout.units for s in u.sites if u.kind != "embedding"]
-    wanted = {
-        site.name: scheme.weight
-        for unit, scheme in zip(layout.units, schemes, strict=True)
-        for site in unit.sites
-        if unit.kind != "embedding"
-    }
-    assert compressed_tensors.formats_of(config, names) == wanted
+    wanted = named(layout, schemes)
+    assert compressed_tensors.formats_of(config, list(wanted)) == wanted
 
 
 @settings(max_examples=10, deadline=None)
@@ -263,13 +262,37 @@ def test_torchao_reads_back_as_the_map(llama, chosen):
     pytest.importorskip("torchao")
     from engines import torchao
 
-    layout = describe(llama)
-    units = [unit for unit in layout.units if unit.layer is not None][: len(chosen)]
-    of = dict(zip((unit.name for unit in units), chosen, strict=False))
-    schemes = [Scheme(of.get(unit.name, "bf16")) for unit in layout.units]
+    layout, schemes = begun(llama, chosen)
     config = load_target("torchao").config_of(layout, schemes)["quantization_config"]
     wanted = named(layout, schemes)
     assert torchao.formats_of(json.loads(json.dumps(config)), list(wanted)) == wanted
+
+
+@pytest.mark.filterwarnings("ignore:Config Deprecation")  # of the test's own
+def test_torchaos_patterns_and_its_usual_configuration_are_read():
+    quantization = pytest.importorskip("torchao.quantization")
+    from torchao.quantization.granularity import PerGroup
+    from transformers import TorchAoConfig
+
+    from engines import torchao
+
+    four = quantization.IntxWeightOnlyConfig(torch.int4, PerGroup(64))
+    chosen = {
+        "re:.*down_proj": None,
+        NAMES[0]: quantization.Float8WeightOnlyConfig(),
+        "_default": four,
+    }
+    config = TorchAoConfig(quantization.FqnToConfig(chosen)).to_dict()
+    found = torchao.formats_of(config, NAMES)
+    assert found[NAMES[0]] == FLOAT
+    assert {found[n] for n in NAMES if "down" in n} == {"bf16"}
+    assert {found[n] for n in NAMES[2:] if "up" in n} == {"int4-g64-bf16"}
+    other = quantization.IntxWeightOnlyConfig(
+        torch.int4, PerGroup(64), quantization.MappingType.ASYMMETRIC
+    )
+    config = TorchAoConfig(quantization.FqnToConfig({"_default": other})).to_dict()
+    with pytest.raises(ExportError, match="no format here"):
+        torchao.formats_of(config, NAMES)
 
 
 def test_every_declared_pattern_names_a_format():

@@ -22,7 +22,8 @@ import numpy as np
 from bitfront.config import load_config
 from bitfront.console import errors
 from bitfront.fronts import losses
-from bitfront.pipeline import measure, open_planned, spec_of
+from bitfront.measuring import measure
+from bitfront.pipeline import open_planned, spec_of
 from bitfront.plan import make_plan, settled
 from bitfront.profiling import Profile, time_maps
 from bitfront.progress import Lines

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from bitfront.config import ConfigError, load_config
 from bitfront.console import errors, print_json, print_table
-from bitfront.pipeline import measure, spec_of
+from bitfront.measuring import measure
+from bitfront.pipeline import spec_of
 from bitfront.plan import Plan, make_plan
 from bitfront.progress import Lines, Progress, RichProgress
 from bitfront.proposals import candidate_of

@@ -7,6 +7,7 @@ measured on that job's texts with its quantizer. Without a job it begins one.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from bitfront.config import DEMO, ConfigError, load_config
 from bitfront.console import errors
 from bitfront.demo import demo_model
 from bitfront.fronts import GIVEN, Front, load_front
-from bitfront.pipeline import HELDOUT, SEARCH, measure, measure_reference, open_planned, spec_of
+from bitfront.measuring import measure, measure_reference, sharing
+from bitfront.pipeline import HELDOUT, SEARCH, open_planned, spec_of
 from bitfront.plan import Plan, admitting, make_plan, plan_again
 from bitfront.progress import Lines, Progress, RichProgress
 from bitfront.proposals import candidate_of
@@ -61,7 +63,7 @@ def apply(
     foreign = read_map(file, checkpoint, describe(checkpoint).split())
     known = _job(store, job_number, checkpoint.weights_hash, foreign)
     base = (
-        plan_again(known, find_model(store, known.weights_hash))
+        plan_again(known, find_model(store, known.model_hash))
         if known
         else make_plan(load_config(model, None, _overrides(foreign, text)))
     )
@@ -87,7 +89,7 @@ def _job(store: Store, number: int | None, weights_hash: str, foreign: Foreign) 
     """The job to join."""
     if number is not None:
         job = find_job(store, number)
-        if job.weights_hash != weights_hash:
+        if job.model_hash != weights_hash:
             raise ConfigError(f"job {job.id} is of another model; leave --job out for a new one")
         if job.state != "done":
             raise ConfigError(f"job {job.id} is not done; run its search to the end first")
@@ -95,7 +97,7 @@ def _job(store: Store, number: int | None, weights_hash: str, foreign: Foreign) 
     for job, _ in list_jobs(store):
         engine = (job.config.get("serving") or {}).get("engine")
         fits = foreign.engine in (None, engine)
-        if job.weights_hash == weights_hash and job.state == "done" and fits:
+        if job.model_hash == weights_hash and job.state == "done" and fits:
             return job
     return None
 
@@ -167,7 +169,8 @@ def _measured(given: _Given, store: Store, address: str, progress: Progress) -> 
     base = given.base
     candidate = given.candidate(candidates_of(store, given.job.id))
     spec = spec_of(given.plan, os.environ.get("BITFRONT_CACHE"))
-    with open_pool(spec, address, None) as pool:
+    opener = partial(open_pool, address=address, workers=None)
+    with sharing(opener, spec, store, given.job.id) as pool:
         for outcome in pool.run([Task("prepare")]):
             if outcome.error:
                 raise outcome.error

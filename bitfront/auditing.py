@@ -15,15 +15,8 @@ from numpy.typing import NDArray
 from bitfront.config import ConfigError
 from bitfront.fronts import losses
 from bitfront.interacting import measured_pairs
-from bitfront.pipeline import (
-    BANK,
-    BANK_WEIGHT,
-    OpenPool,
-    measure,
-    measure_reference,
-    open_planned,
-    spec_of,
-)
+from bitfront.measuring import OpenPool, measure, measure_reference, sharing
+from bitfront.pipeline import BANK, BANK_WEIGHT, open_planned, spec_of
 from bitfront.plan import Plan
 from bitfront.progress import Progress
 from bitfront.run import Run
@@ -91,7 +84,7 @@ def run_audit(
     names = tuple(dict.fromkeys([*asked, *known, WEIGHT_ERROR]))
     problem = plan.problem(np.zeros(plan.bytes_table.shape))
     drawn = _draw(plan, problem, options)
-    with open_pool(spec_of(plan, cache)) as pool:
+    with sharing(open_pool, spec_of(plan, cache), store, job.id) as pool:
         run = Run(plan, store, pool, progress, job)
         progress.expect(_expected_work(plan, names, len(drawn)))
         with progress.stage(BANK, 1, BANK_WEIGHT) as advance:

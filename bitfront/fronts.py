@@ -93,7 +93,7 @@ class MapLoss:
 
 def quality_key(job: Job) -> QualityKey:
     """What the measurements of a job are keyed by."""
-    return QualityKey(job.weights_hash, job.facts["quantizer"], job.facts["dtype"])
+    return QualityKey(job.model_hash, job.facts["quantizer"], job.facts["dtype"])
 
 
 def layout_of(job: Job, model: Model) -> Layout:
@@ -151,11 +151,11 @@ def load_front(store: Store, job: Job) -> Front:
         _point(c, heldout[c.map_hash], search.get(c.map_hash), bool(is_on))
         for c, is_on in zip(measured, on_front, strict=True)
     )
-    reference = reference_hash(job.weights_hash)
+    reference = reference_hash(job.model_hash)
     unquantized = _losses(store, quality, [reference], chunks["heldout"]).get(reference)
     return Front(
         job,
-        find_model(store, job.weights_hash),
+        find_model(store, job.model_hash),
         points,
         {c.point: c for c in measured},
         unquantized.perplexity if unquantized else None,

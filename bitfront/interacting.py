@@ -50,12 +50,17 @@ def measured_pairs(run: Run, table: Floats, count: int) -> Interactions | None:
     with run.progress.stage(PAIRS, int(row is None), ESTIMATE_WEIGHT) as advance:
         if row is None:
             arguments = {"units": units, "schemes": names, "chunks": text.ids[:1]}
-            [outcome] = run.pool.run([Task("interactions", arguments)])
+            task = Task("interactions", arguments, key=key, table=SensitivityShare)
+            [outcome] = run.pool.run([task])
             if outcome.error:
                 raise outcome.error
             provenance = {**vars(run.quality), "chunk_hash": text.hashes[0]}
-            row = _row(key, provenance, outcome.value)
-            save_share(run.store, row)
+            if outcome.known:
+                row = find_share(run.store, key)
+                assert row is not None
+            else:
+                row = _row(key, provenance, outcome.value)
+                save_share(run.store, row)
             advance(1)
     n, m = len(units), len(names)
     sums = np.array(row.sums, dtype=np.float64)

@@ -5,9 +5,8 @@ decision is a deterministic function of results: so a killed job that is started
 same path, and computes only what is missing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +14,16 @@ from numpy.typing import NDArray
 from bitfront.budgets import sharing_in, working_bytes
 from bitfront.fronts import INTERACTIONS, is_later, losses
 from bitfront.interacting import PAIRS, interact
+from bitfront.measuring import REFERENCE, OpenPool, measure, measure_reference, sharing, values
 from bitfront.plan import Plan, settled
 from bitfront.profiling import MAP_WEIGHT
-from bitfront.progress import Progress
+from bitfront.progress import Clocked, Progress
 from bitfront.proposals import choice_of, propose
 from bitfront.refining import REFINE, SLOPES_WEIGHT, refine, starts_of
+from bitfront.resolving import keep_tables
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT, experts_seen, score
 from bitfront.timing import FINALISTS, check_times, corrected, with_times
-from evaluation.texts import Text
 from quantization.errors import BitfrontError, MeasurementError
 from search.calibration import Calibration, fit_gain
 from search.errors import SearchError
@@ -32,47 +32,62 @@ from sensitivity import ESTIMATORS
 from store.database import Store
 from store.queries import (
     candidates_of,
-    measurements,
+    end_job,
     open_job,
+    plan_job,
     save_candidates,
-    save_measurement,
     save_model,
     update_job,
 )
-from store.tables import Candidate, Job, Measurement, Model
-from workers.pool import Pool, Task
+from store.tables import Candidate, Job, Model
+from workers.pool import Task
 from workers.session import SessionSpec
 
 Choice = NDArray[np.intp]
-OpenPool = Callable[[SessionSpec], Pool]
-
-BANK, REFERENCE = "quantizing every unit under every scheme", "the unquantized model"
+BANK = "quantizing every unit under every scheme"
 PAIRED = "maps with interactions on the search text"
 REFINED = "refined maps on the whole search text"
 SEARCH, HELDOUT = "candidates on the search text", "finalists on held-out text"
 # how long it takes in units of one candidate on one chunk, for the bar's first estimate only
 BANK_WEIGHT = 20
+PATIENCE_S = 900.0
+"""How long a driver waits for a database that is away."""
 
 
 def run_search(
-    plan: Plan, store: Store, open_pool: OpenPool, progress: Progress, cache: str | None = None
+    plan: Plan,
+    store: Store,
+    open_pool: OpenPool,
+    progress: Progress,
+    cache: str | None = None,
+    submitted: int | None = None,
 ) -> int:
     """Run a job to its end, or go on with it; returns its number.
+
+    Args:
+        plan: of the job.
+        store: where it is kept; a driver is patient with a database that is away.
+        open_pool: of workers.
+        progress: is told how far it is.
+        cache: the driver's `$BITFRONT_CACHE`, where it has one.
+        submitted: the job's number, where somebody has submitted it and this is its driver.
 
     Raises:
         BitfrontError: with what was measured safely in the store.
     """
+    store.away_patience_s = PATIENCE_S
     plan = settled(plan, store)
-    job = open_planned(plan, store)
+    job = open_planned(plan, store, submitted)
     if job.state == "done":
         return job.id
     try:
-        with open_pool(spec_of(plan, cache)) as pool:
-            _run_stages(with_times(Run(plan, store, pool, progress, job)))
+        with sharing(open_pool, spec_of(plan, cache), store, job.id) as pool:
+            clocked = Clocked(progress, store, job.id)
+            _run_stages(with_times(Run(plan, store, pool, clocked, job)))
     except (BitfrontError, SearchError) as error:
-        update_job(store, job.id, state="failed", error=str(error))
+        end_job(store, job.id, "failed", str(error))
         raise
-    update_job(store, job.id, state="done")
+    end_job(store, job.id, "done")
     return job.id
 
 
@@ -81,7 +96,7 @@ def _run_stages(run: Run) -> None:
     config = plan.config
     run.progress.expect(_expected_work(plan))
     with run.progress.stage(BANK, 1, BANK_WEIGHT) as advance:
-        for _ in _values(run, [Task("prepare")]):
+        for _ in values(run, [Task("prepare")]):
             advance(1)
     measure_reference(run)  # before the bank is mapped: it holds a float32 model for a moment
     scores = {name: score(run, name) for name in config.estimators}
@@ -112,6 +127,7 @@ def _run_stages(run: Run) -> None:
         raise MeasurementError(f"no candidate could be measured: {'; '.join(reasons)}")
     if plan.times:
         check_times(run, plan.times, finalists)
+    keep_tables(run, problems)
 
 
 def _expected_work(plan: Plan) -> dict[str, float]:
@@ -139,8 +155,8 @@ def _expected_work(plan: Plan) -> dict[str, float]:
     return work
 
 
-def open_planned(plan: Plan, store: Store) -> Job:
-    """The plan's job in the store, new or known, with what the plan knows of it."""
+def open_planned(plan: Plan, store: Store, submitted: int | None = None) -> Job:
+    """The plan's job in the store, new or known or submitted, with what the plan knows of it."""
     checkpoint = plan.checkpoint
     save_model(
         store,
@@ -151,7 +167,8 @@ def open_planned(plan: Plan, store: Store) -> Job:
             layout=plan.described.to_json(),
         ),
     )
-    job = open_job(store, plan.key, checkpoint.weights_hash, plan.config.model_dump(mode="json"))
+    known = plan.key, checkpoint.weights_hash, plan.config.model_dump(mode="json")
+    job = open_job(store, *known) if submitted is None else plan_job(store, submitted, *known)
     facts = {
         "menu": [scheme.name for scheme in plan.menu],
         "bytes_table": plan.bytes_table.tolist(),
@@ -194,14 +211,6 @@ def spec_of(plan: Plan, cache: str | None) -> SessionSpec:
     )
 
 
-def _values(run: Run, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
-    """Run tasks whose errors end the job."""
-    for outcome in run.pool.run(tasks):
-        if outcome.error:
-            raise outcome.error
-        yield outcome.task, outcome.value
-
-
 def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
     """The job's candidates; those that failed before aren't tried again in this job."""
     failures = {c.map_hash: c.failure for c in candidates_of(run.store, run.job.id)}
@@ -210,76 +219,6 @@ def _propose(run: Run, problems: dict[str, Problem]) -> list[Candidate]:
         candidate.failure = failures.get(candidate.map_hash)
     save_candidates(run.store, candidates)
     return candidates
-
-
-def measure(
-    run: Run,
-    candidates: Sequence[Candidate],
-    text: Text,
-    label: str,
-    failed: Callable[[Candidate], None] = lambda _: None,
-) -> None:
-    """Measure candidates on all chunks of a text, but for what the store has.
-
-    One that can't be measured gets its `failure`, and `failed` is told.
-    """
-    tasks = []
-    known = measurements(
-        run.store,
-        [run.quality.of(c.map_hash, chunk) for c in candidates for chunk in text.hashes],
-    )
-    # chunk by chunk: what a kill leaves behind can then be compared on the same chunks
-    for index, chunk in enumerate(text.hashes):
-        for candidate in candidates:
-            key = run.quality.of(candidate.map_hash, chunk)
-            if key not in known and candidate.failure is None:
-                arguments = {"schemes": tuple(candidate.schemes), "ids": text.ids[index]}
-                tasks.append(Task("measure", arguments, label=(candidate, chunk)))
-    with run.progress.stage(label, len(tasks)) as advance:
-        for outcome in run.pool.run(tasks):
-            candidate, chunk = outcome.task.label
-            if isinstance(outcome.error, MeasurementError):
-                candidate.failure = str(outcome.error)
-                failed(candidate)
-            elif outcome.error:
-                raise outcome.error
-            else:
-                _save(run, candidate.map_hash, chunk, outcome.value)
-            advance(1)
-
-
-def measure_reference(run: Run) -> None:
-    """The unquantized model's own likelihood on held-out text, and the arithmetic's noise."""
-    text = run.plan.texts["heldout"]
-    keys = {chunk: run.quality.of(run.reference_hash, chunk) for chunk in text.hashes}
-    known = measurements(run.store, list(keys.values()))
-    tasks = [
-        Task("measure", {"schemes": None, "ids": text.ids[i]}, label=chunk)
-        for i, chunk in enumerate(text.hashes)
-        if keys[chunk] not in known
-    ]
-    if "noise_floor" not in run.job.facts:
-        tasks.append(Task("noise_floor", {"ids": run.plan.texts["search"].ids[0]}))
-    with run.progress.stage(REFERENCE, len(tasks)) as advance:
-        for task, value in _values(run, tasks):
-            if task.method == "noise_floor":
-                run.job = update_job(run.store, run.job.id, facts={"noise_floor": value})
-            else:
-                _save(run, run.reference_hash, task.label, value)
-            advance(1)
-
-
-def _save(run: Run, map_hash: str, chunk: str, value: object) -> None:
-    save_measurement(
-        run.store,
-        Measurement(
-            key=run.quality.of(map_hash, chunk),
-            map_hash=map_hash,
-            chunk_hash=chunk,
-            **vars(run.quality),
-            **vars(value),
-        ),
-    )
 
 
 def _calibrate(

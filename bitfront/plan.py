@@ -304,7 +304,7 @@ def plan_again(job: Job, model: Model) -> Plan:
     bank = "packed" if job.facts["quantizer"].endswith(PACKED) else "values"
     same = {"revision": model.revision, "dtype": job.facts["dtype"], "bank": bank}
     plan = make_plan(config.model_copy(update=same))
-    if plan.checkpoint.weights_hash != job.weights_hash:
+    if plan.checkpoint.weights_hash != job.model_hash:
         raise ConfigError(
             f"the model at '{plan.checkpoint.name}' has changed since job {job.id}; search again"
         )

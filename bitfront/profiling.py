@@ -198,6 +198,11 @@ def profile(subject: Subject, store: Store, pool: Pool, progress: Progress) -> P
     Raises:
         EngineError: the engine isn't there, or can't run the model at all.
     """
+    with pool.exclusively(f"timing:{subject.place.of()}"):  # or two would disturb each other
+        return _profile(subject, store, pool, progress)
+
+
+def _profile(subject: Subject, store: Store, pool: Pool, progress: Progress) -> Profile:
     keys = {cell: subject.cell_key(cell) for cell in subject.cells}
     usual_s = _usual_s(subject, store, pool)
     known = cell_times(store, list(keys.values()))
@@ -232,7 +237,25 @@ def time_maps(
     """Run whole maps in the engine, but for those that the store has."""
     keys = [subject.map_key(choice) for choice in maps]
     known = map_times(store, keys)
-    missing = {k: c for k, c in zip(keys, maps, strict=True) if k not in known}
+    if len(known) == len(set(keys)):
+        return [known[key] for key in keys]
+    with pool.exclusively(f"timing maps:{subject.place.of()}"):
+        known |= _time_maps(
+            subject, store, pool, progress, dict(zip(keys, maps, strict=True)), label
+        )
+    return [known[key] for key in keys]
+
+
+def _time_maps(
+    subject: Subject,
+    store: Store,
+    pool: Pool,
+    progress: Progress,
+    maps: Mapping[str, Choice],
+    label: str,
+) -> dict[str, MapTime]:
+    known = map_times(store, list(maps))
+    missing = {k: c for k, c in maps.items() if k not in known}
     names = tuple(scheme.name for scheme in subject.reference)
     with progress.stage(label, len(missing), MAP_WEIGHT) as advance:
         for key, choice in missing.items():
@@ -252,7 +275,7 @@ def time_maps(
             )  # fmt: skip
             save_time(store, known[key])
             advance(1)
-    return [known[key] for key in keys]
+    return known
 
 
 def _usual_s(subject: Subject, store: Store, pool: Pool) -> float:

@@ -17,6 +17,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from store.database import Store
+from store.queries import add_seconds
+
 Advance = Callable[[int], None]
 SECONDS_BETWEEN_LINES = 10
 
@@ -42,6 +45,34 @@ class Silent:
     def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
         """See `Progress.stage`."""
         yield lambda _: None
+
+
+class Clocked:
+    """Passes everything on, and keeps how long each stage of a job took, in all its runs."""
+
+    def __init__(self, progress: Progress, store: Store, job_id: int) -> None:
+        self._progress, self._store, self._job_id = progress, store, job_id
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        """See `Progress.expect`."""
+        self._progress.expect(work)
+
+    @contextmanager
+    def stage(self, label: str, steps: int, weight: float = 1) -> Iterator[Advance]:
+        """See `Progress.stage`."""
+        start, done = time.monotonic(), 0
+
+        def counted(count: int) -> None:
+            nonlocal done
+            done += count
+            advance(count)
+
+        try:
+            with self._progress.stage(label, steps, weight) as advance:
+                yield counted
+        finally:
+            if done:
+                add_seconds(self._store, self._job_id, label, time.monotonic() - start, done)
 
 
 class Lines:

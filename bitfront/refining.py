@@ -77,7 +77,8 @@ def refine(run: Run, problem: Problem, starts: dict[int, list[Choice]]) -> list[
                 raise outcome.error
             else:
                 question = outcome.task.label
-                _save(run, question, outcome.value)
+                if not outcome.known:
+                    _save(run, question, outcome.value)
                 told = _known(run, question)  # as the store has it, and a resumed job will hear it
                 assert told is not None
                 search.tell(question, *told)
@@ -118,11 +119,14 @@ def _task(run: Run, question: Question) -> Task:
     plan = run.plan
     names = tuple(scheme.name for scheme in plan.schemes(question.choice))
     arguments = {"schemes": names, "ids": plan.texts["search"].ids[question.chunk]}
+    measured, slopes = _keys(run, question)
     if not question.slopes:
-        return Task("measure", arguments, label=question)
+        return Task("measure", arguments, label=question, key=measured, table=Measurement)
     share = Share((0, len(plan.choices)), (0, 1))
     memory = forecast_bytes(plan, "fisher", share, "search")  # the same passes
-    return Task("slopes", arguments, label=question, memory_bytes=memory)
+    return Task(
+        "slopes", arguments, question, memory_bytes=memory, key=slopes, table=SensitivityShare
+    )
 
 
 def _known(run: Run, question: Question) -> Answer | None:

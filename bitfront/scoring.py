@@ -60,6 +60,7 @@ def score(run: Run, estimator: str) -> Scores:
             Task(
                 "estimate", {"estimator": estimator, "chunks": text.ids, "share": s}, label=s,
                 memory_bytes=forecast_bytes(plan, estimator, s),
+                key=keys[s], table=SensitivityShare,
             )
             for s in missing
         ]  # fmt: skip
@@ -67,9 +68,14 @@ def score(run: Run, estimator: str) -> Scores:
             for outcome in outcomes:
                 if outcome.error:
                     raise outcome.error
-                share, (table, seconds) = outcome.task.label, outcome.value
-                found[share] = _share_row(keys[share], estimator, provenance, table, seconds)
-                save_share(run.store, found[share])
+                share = outcome.task.label
+                if outcome.known:
+                    row = find_share(run.store, keys[share])
+                    assert row is not None
+                else:
+                    row = _share_row(keys[share], estimator, provenance, *outcome.value)
+                    save_share(run.store, row)
+                found[share] = row
                 advance(1)
     whole = merge(_table(found[share]) for share in shares)
     table = whole.mean()

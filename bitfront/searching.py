@@ -64,7 +64,7 @@ def audit(
     """Audit the estimators on a job, print how well they predict."""
     job = find_job(store, job_id)
     with errors.status(READING):
-        plan = plan_again(job, find_model(store, job.weights_hash))
+        plan = plan_again(job, find_model(store, job.model_hash))
         if plan.key != job.key:
             raise ConfigError(
                 f"the texts of job {job.id} have changed since; search again, then audit that job"

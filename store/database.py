@@ -5,25 +5,42 @@ to migrate, so that queries answer at once.
 """
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import platformdirs
 from sqlalchemy import Engine, String, column, create_engine, event, make_url, select, table
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+)
 from sqlalchemy.orm import Session, sessionmaker
 
-from store.errors import StoreError
+from store.errors import StoreAwayError, StoreError
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest revision in `migrations/versions`; a test compares it with Alembic's own answer."""
 VERSION_TABLE = "bitfront_alembic_version"
 LOCK_PATIENCE_S = 30.0
+BETWEEN_TRIES_S = (0.2, 5.0)
+"""The first pause before a database that is away is tried again, and the longest."""
+MOST_COLLISIONS = 3
+MIGRATING = 0x62697466
+"""The advisory lock of PostgreSQL that migrations hold."""
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 def default_url() -> str:
@@ -38,10 +55,17 @@ class Store:
     Args:
         url: an SQLAlchemy URL.
         lock_patience_s: how long SQLite waits for another writer before it gives up.
+        away_patience_s: how long queries try again when a database server is away (restarts,
+            can't be reached); a driver outlasts that, a server answers at once.
     """
 
-    def __init__(self, url: str, lock_patience_s: float = LOCK_PATIENCE_S) -> None:
-        self.url = url
+    def __init__(
+        self,
+        url: str,
+        lock_patience_s: float = LOCK_PATIENCE_S,
+        away_patience_s: float = 0.0,
+    ) -> None:
+        self.url, self.away_patience_s = url, away_patience_s
         with self._explained():
             self.engine = _engine(url, lock_patience_s)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
@@ -84,14 +108,39 @@ class Store:
 
     def upgrade(self) -> None:
         """Run all migrations that are missing."""
+        self._migrate("upgrade", "head")
+
+    def downgrade(self, revision: str) -> None:
+        """Run migrations backwards to a revision, for an older program.
+
+        What that has no place for is lost.
+
+        Raises:
+            StoreError: no such revision.
+        """
+        from alembic.script import ScriptDirectory
+
+        known = [r.revision for r in ScriptDirectory.from_config(alembic_config()).walk_revisions()]
+        if revision not in known:
+            raise StoreError(f"no revision '{revision}'; there are {', '.join(sorted(known))}")
+        self._migrate("downgrade", revision)
+
+    def _migrate(self, direction: str, revision: str) -> None:
         from alembic import command
 
-        with self._explained(), self.engine.begin() as connection:
-            if connection.dialect.name == "sqlite":  # whose driver commits each DDL by itself
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
+        with self._explained(), self.engine.connect() as connection:
+            if connection.dialect.name == "sqlite":
+                # a table that others refer to is made anew to change a column
+                connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+                connection.rollback()
+                connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver would commit each DDL
+            else:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATING})")
             config = alembic_config()
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            getattr(command, direction)(config, revision)
+            connection.commit()
+            connection.invalidate()  # with its pragma
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -114,7 +163,21 @@ class Store:
             advice = "the disk is full: free some space, then run this again; nothing is lost"
         elif "unable to open" in said:
             advice = "its folder is missing or may not be written; name another with --store"
+        elif self._is_away(error):
+            return StoreAwayError(
+                f"the store {self._shown()} is away ({said}); it is asked again, or {advice}"
+            )
         return StoreError(f"can't use the store {self._shown()} ({said}); {advice}")
+
+    def _is_away(self, error: Exception) -> bool:
+        """Whether a database server went away or isn't there: what a restart looks like."""
+        return (
+            isinstance(error, DBAPIError)
+            and make_url(self.url).get_backend_name() != "sqlite"
+            and (
+                error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+            )
+        )
 
     def _shown(self) -> str:
         """The URL without its password."""
@@ -122,6 +185,35 @@ class Store:
             return make_url(self.url).render_as_string(hide_password=True)
         except ArgumentError:
             return f"'{self.url}'"
+
+
+def lasting(
+    query: Callable[Concatenate[Store, Given], Found],
+) -> Callable[Concatenate[Store, Given], Found]:
+    """A query that is asked again while the database is away, as long as its store has patience.
+
+    What is asked must be one transaction that may be repeated: one whose commit was cut off may
+    have happened. So is one that came to the same new row at the same time as another.
+    """
+
+    @wraps(query)
+    def asked(store: Store, /, *args: Given.args, **kwargs: Given.kwargs) -> Found:
+        end, pause = time.monotonic() + store.away_patience_s, BETWEEN_TRIES_S[0]
+        collisions = 0
+        while True:
+            try:
+                return query(store, *args, **kwargs)
+            except StoreAwayError:
+                if time.monotonic() + pause > end:
+                    raise
+            except StoreError as error:
+                collisions += 1
+                if not isinstance(error.__cause__, IntegrityError) or collisions > MOST_COLLISIONS:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, BETWEEN_TRIES_S[1])
+
+    return asked
 
 
 def alembic_config() -> "Config":

@@ -7,3 +7,11 @@ class StoreError(Exception):
 
 class NotFoundError(StoreError):
     """No such job or point."""
+
+
+class StoreAwayError(StoreError):
+    """The database server can't be reached just now."""
+
+
+class ConflictError(StoreError):
+    """What is asked doesn't fit the state that something is in."""

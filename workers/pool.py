@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -20,21 +21,29 @@ class Task:
     Args:
         label: the caller's own handle, returned with the outcome.
         memory_bytes: a forecast of what the task will need beside the worker's own memory.
+        key: of its result in the store, where other drivers may be at the same task.
+        table: of the store that has the key.
     """
 
     method: str
     arguments: dict[str, Any] = field(default_factory=dict)
     label: Any = None
     memory_bytes: int = 0
+    key: str | None = None
+    table: Any = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: a value, or the error that its work raised."""
+    """What became of a task: a value, or the error that its work raised.
+
+    Where it is `known`, another driver has done it, and the store has the result.
+    """
 
     task: Task
     value: Any = None
     error: BitfrontError | None = None
+    known: bool = False
 
 
 def call(session: Session, method: str, arguments: dict[str, Any]) -> Any:
@@ -81,6 +90,11 @@ class Pool(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the workers; queued tasks are dropped."""
+
+    @contextmanager
+    def exclusively(self, key: str) -> Iterator[None]:
+        """While no other driver does what has this key, where drivers share a store."""
+        yield
 
     def run(self, tasks: Iterable[Task]) -> Generator[Outcome]:
         """Submit all, yield outcomes as they come; one that is left early drops the others.

@@ -25,9 +25,21 @@ from store.tables import Base, Measurement, Model
 MODEL = "f" * 64
 
 
-@pytest.fixture
-def url(tmp_path):
+def sqlite_url(tmp_path):
     return f"sqlite:///{tmp_path}/sub/store.sqlite"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    """The same contract holds for both."""
+    return (
+        sqlite_url(tmp_path)
+        if request.param == "sqlite"
+        else request.getfixturevalue("postgres_url")
+    )
+
+
+only_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -58,6 +70,7 @@ def test_migrations_give_the_schema_of_the_tables(store):
         assert compare_metadata(context, Base.metadata) == []
 
 
+@only_sqlite
 def test_another_alembic_may_live_in_the_same_database(url, tmp_path):
     """Optuna keeps a table `alembic_version`; ours must not read or touch it."""
     (tmp_path / "sub").mkdir()
@@ -73,6 +86,7 @@ def test_opening_twice_changes_nothing(store, url):
     assert Store(url).open().version() == HEAD
 
 
+@only_sqlite
 def test_the_journal_is_write_ahead(store):
     with store.engine.connect() as connection:
         assert connection.execute(sqlalchemy.text("PRAGMA journal_mode")).scalar() == "wal"
@@ -135,6 +149,7 @@ def test_the_latest_job_is_the_default(store):
         find_job(store, 99)
 
 
+@only_sqlite
 def test_a_read_only_store_says_so_and_still_answers(store, url, tmp_path):
     open_job(store, "key", MODEL, {})
     store.engine.dispose()
@@ -145,6 +160,7 @@ def test_a_read_only_store_says_so_and_still_answers(store, url, tmp_path):
         open_job(reader, "new", MODEL, {})
 
 
+@only_sqlite
 def test_a_locked_store_says_so(store, url, tmp_path):
     impatient = Store(url, lock_patience_s=0.1).open()
     blocker = sqlite3.connect(tmp_path / "sub/store.sqlite", isolation_level=None)

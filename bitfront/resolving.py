@@ -1,0 +1,187 @@
+"""Solving a job's problem again, for a budget that nobody has asked for yet, with no model loaded.
+
+The job keeps the tables that it was solved with; what comes out is predicted, and says so.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitfront import rules
+from bitfront.config import JobConfig
+from bitfront.fronts import layout_of
+from cost_models.memory import PHASES
+from quantization.errors import BitfrontError
+from quantization.precision_map import map_hash
+from quantization.schemes import Scheme
+from search.problem import Problem
+from store.database import Store
+from store.queries import candidates_of, find_model, find_tables, save_tables
+from store.tables import Job
+
+if TYPE_CHECKING:
+    from bitfront.run import Run  # torch
+
+BYTES = "weight_bytes"
+NANOSECONDS = 1e9
+
+
+class NoTablesError(BitfrontError):
+    """A job that has nothing to be solved again with."""
+
+
+def keep_tables(run: "Run", problems: dict[str, Problem]) -> None:
+    """Keep what the job's problem can be solved with again: losses in nats, bytes, seconds."""
+    plan, name = run.plan, run.job.facts["predicts"]
+    gain = run.job.facts["calibration"][name]["gain"] or 1.0
+    tables: dict[str, Any] = {
+        "estimator": name,
+        "loss": _plain(np.where(plan.offered, gain * problems[name].loss, np.nan)),
+        "other_bytes": plan.other_bytes,
+        "numel": plan.quantizable_numel,
+        "phases": {},
+    }
+    if plan.times:
+        tables["phases"] = {
+            phase: {
+                "seconds": _plain(plan.times.tables_s[phase]),
+                "overhead_s": plan.times.overhead_s[phase],
+                "error": plan.times.errors[phase],
+            }
+            for phase in PHASES
+        }
+    save_tables(run.store, run.job.id, tables)
+
+
+def solve_again(
+    store: Store,
+    job: Job,
+    average_bits: Sequence[float] = (),
+    weight_bytes: Sequence[int] = (),
+    limits_s: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """The best maps within other budgets, by the job's own tables.
+
+    Args:
+        store: where the job is.
+        job: done, or near its end.
+        average_bits: budgets as bits a weight of the units that the job decides.
+        weight_bytes: budgets as bytes of the whole model.
+        limits_s: upper bounds on `decode_s` and `prefill_s`, for all of them.
+
+    Raises:
+        NoTablesError: the job has none (yet), or no times though they are limited.
+        InfeasibleBudgetError: no map is so small, or so fast.
+    """
+    from search.exact import sweep  # SciPy
+
+    start = time.perf_counter()
+    tables = find_tables(store, job.id)
+    if tables is None:
+        raise NoTablesError(
+            f"job {job.id} has no tables to be solved again with: they are kept when a search ends; "
+            "run it again with this version (what was measured is reused)"
+        )
+    given = _Given(job, tables)
+    problem, others = given.problem(limits_s or {})
+    budgets = sorted({*weight_bytes, *(given.bytes_of(bits) for bits in average_bits)})
+    limits = [budget - given.other_bytes for budget in budgets]
+    solutions = sweep(problem, BYTES, limits, others)
+    layout = layout_of(job, find_model(store, job.model_hash))
+    measured = {c.map_hash: c.point for c in candidates_of(store, job.id) if c.finalist}
+    found = []
+    for budget, solution in zip(budgets, solutions, strict=True):
+        schemes = [given.menu[column] for column in solution.choice]
+        pairs = [(scheme.weight, scheme.activation) for scheme in schemes]
+        found.append({
+            "budget_bytes": budget,
+            "weight_bytes": given.weight_bytes(solution.choice),
+            "average_bits": given.bits_of(solution.choice),
+            "predicted_kl": solution.loss,
+            "gap": solution.gap,
+            **given.seconds(solution.choice),
+            "schemes": dict(Counter(scheme.name for scheme in schemes)),
+            "map": [int(column) for column in solution.choice],
+            "measured_as": measured.get(map_hash(layout, pairs)),
+        })  # fmt: skip
+    return {
+        "job": job.id, "estimator": tables["estimator"], "menu": job.facts["menu"],
+        "solutions": found, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+class _Given:
+    """A job's tables as arrays."""
+
+    def __init__(self, job: Job, tables: dict[str, Any]) -> None:
+        self._job, self._tables = job, tables
+        self.menu = [Scheme.parse(name) for name in job.facts["menu"]]
+        self.other_bytes = int(tables["other_bytes"])
+        self._bytes = np.array(job.facts["bytes_table"], dtype=np.int64)
+        names = job.facts["choices"]
+        self._offered = np.array([[s.name in row for s in self.menu] for row in names])
+        self._open = self._offered.sum(axis=1) > 1
+
+    def problem(self, limits_s: dict[str, float]) -> tuple[Problem, dict[str, int]]:
+        """The problem, and its limits beside the budget on bytes."""
+        menu = JobConfig.model_validate(self._job.config).menu
+        loss = np.array(self._tables["loss"], dtype=np.float64)
+        offered = self._offered & np.isfinite(loss)
+        costs, others = {BYTES: self._bytes}, {}
+        for name, limit_s in limits_s.items():
+            phase = self._phase(name.removesuffix("_s"))
+            seconds = np.array(phase["seconds"], dtype=np.float64)
+            offered &= np.isfinite(seconds)
+            costs[name] = np.ceil(np.nan_to_num(seconds) * NANOSECONDS).astype(np.int64)
+            others[name] = int((limit_s - phase["overhead_s"]) * NANOSECONDS) + len(seconds)
+        if changes := rules.changes(menu, self.menu, self._offered):
+            costs[rules.CHANGED], others[rules.CHANGED] = changes
+        few = rules.few_formats(menu, self.menu)
+        return Problem(np.where(offered, loss, 0.0), costs, offered, few), others
+
+    def weight_bytes(self, choice: NDArray[np.intp]) -> int:
+        """Of the whole model."""
+        return int(self._bytes[np.arange(len(choice)), choice].sum()) + self.other_bytes
+
+    def bits_of(self, choice: NDArray[np.intp]) -> float:
+        """Average bits over the units that the job decides."""
+        rows = np.flatnonzero(self._open)
+        return 8 * int(self._bytes[rows, choice[rows]].sum()) / self._numel
+
+    def bytes_of(self, average_bits: float) -> int:
+        """What a budget in average bits is in bytes of the whole model."""
+        closed = ~self._open
+        pinned = self._bytes[closed].max(axis=1, initial=0, where=self._offered[closed])
+        return int(average_bits * self._numel / 8) + int(pinned.sum()) + self.other_bytes
+
+    def seconds(self, choice: NDArray[np.intp]) -> dict[str, float]:
+        """Predicted seconds of both phases, where the job has times."""
+        rows = np.arange(len(choice))
+        return {
+            f"{name}_s": float(np.array(phase["seconds"], dtype=float)[rows, choice].sum())
+            + phase["overhead_s"]
+            for name, phase in self._tables["phases"].items()
+        }
+
+    @property
+    def _numel(self) -> int:
+        """Weights of the units that the job decides."""
+        return int(self._tables["numel"])
+
+    def _phase(self, name: str) -> dict[str, Any]:
+        found = self._tables["phases"].get(name)
+        if found is None:
+            raise NoTablesError(
+                f"job {self._job.id} knows no seconds: search with --engine llama.cpp, then ask again"
+            )
+        phase: dict[str, Any] = found
+        return phase
+
+
+def _plain(table: NDArray[np.float64]) -> list[list[float | None]]:
+    """As JSON has it."""
+    return [[float(x) if np.isfinite(x) else None for x in row] for row in table]

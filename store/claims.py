@@ -1,0 +1,155 @@
+"""Claims: who is at a task, by lease, so that nothing is done twice at the same time.
+
+A claim lasts until its holder settles it, lets it go, or stops renewing it. What its holder brings
+after that is late: `settle` says so. Time is the database's own where that is a server, so that
+clocks of different machines don't matter.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import delete, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from store.database import Store, lasting
+from store.queries import KEYS_A_QUERY
+from store.tables import Claim
+
+LEASE_S = 60.0
+RENEWALS = 4
+"""Times that a lease is renewed before it would have expired."""
+INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+
+
+def new_owner() -> str:
+    """A name for this process as a holder of claims: machine, process number, and a nonce."""
+    return f"{_machine()}/{os.getpid()}/{uuid4().hex}"
+
+
+@lasting
+def claim(store: Store, owner: str, keys: Sequence[str], lease_s: float = LEASE_S) -> set[str]:
+    """Those of the keys that are the owner's now: free, expired, or its own before."""
+    taken: set[str] = set()
+    with store.session() as session:
+        now = _clock(session)
+        _bury(session, keys, now)
+        insert = INSERT[session.get_bind().dialect.name]
+        for start in range(0, len(keys), KEYS_A_QUERY):
+            part = keys[start : start + KEYS_A_QUERY]
+            rows = [{"key": k, "owner": owner, "expires_at": now + lease_s} for k in sorted(part)]
+            wanted = insert(Claim)
+            taking = wanted.on_conflict_do_update(
+                index_elements=[Claim.key],
+                set_={"owner": wanted.excluded.owner, "expires_at": wanted.excluded.expires_at},
+                where=(Claim.expires_at < now) | (Claim.owner == owner),
+            ).returning(Claim.key)
+            taken.update(session.scalars(taking, rows))
+    return taken
+
+
+@lasting
+def renew(store: Store, owner: str, lease_s: float = LEASE_S) -> None:
+    """All of an owner's claims last for another lease from now on."""
+    with store.session() as session:
+        later = _clock(session) + lease_s
+        session.execute(update(Claim).where(Claim.owner == owner).values(expires_at=later))
+
+
+@lasting
+def settle(store: Store, owner: str, keys: Sequence[str]) -> set[str]:
+    """Let claims go whose work is done; those that somebody else had taken over meanwhile."""
+    with store.session() as session:
+        mine = delete(Claim).where(Claim.owner == owner, Claim.key.in_(keys)).returning(Claim.key)
+        return set(keys) - set(session.scalars(mine))
+
+
+@lasting
+def let_go(store: Store, owner: str) -> None:
+    """Let all claims of an owner go, as when it ends or is known to be dead."""
+    with store.session() as session:
+        session.execute(delete(Claim).where(Claim.owner == owner))
+
+
+@lasting
+def holders(store: Store, keys: Sequence[str]) -> dict[str, str]:
+    """The owners of those keys that somebody alive is at."""
+    with store.session() as session:
+        now = _clock(session)
+        _bury(session, keys, now)
+        found: dict[str, str] = {}
+        for start in range(0, len(keys), KEYS_A_QUERY):
+            part = keys[start : start + KEYS_A_QUERY]
+            rows = select(Claim.key, Claim.owner).where(
+                Claim.key.in_(part), Claim.expires_at >= now
+            )
+            found.update((key, owner) for key, owner in session.execute(rows))
+        return found
+
+
+@lasting
+def held(store: Store, prefix: str) -> dict[str, str]:
+    """The owners of all keys that begin so and that somebody alive is at."""
+    with store.session() as session:
+        now = _clock(session)
+        begun = Claim.key.startswith(prefix, autoescape=True)
+        keys = list(session.scalars(select(Claim.key).where(begun)))
+        _bury(session, keys, now)
+        rows = session.execute(select(Claim.key, Claim.owner).where(begun, Claim.expires_at >= now))
+        return {row.key: row.owner for row in rows}
+
+
+def is_dead(owner: str) -> bool:
+    """Whether an owner was a process of this machine that is there no more."""
+    machine, process, _ = owner.rsplit("/", 2)
+    if machine != _machine():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return _is_zombie(int(process))
+
+
+def _is_zombie(process: int) -> bool:
+    """Whether it has ended, and its parent doesn't know yet."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return False
+
+
+def _bury(session: Session, keys: Sequence[str], now: float) -> None:
+    """Let go what processes of this machine held that are known to be dead: no lease to wait for."""
+    for start in range(0, len(keys), KEYS_A_QUERY):
+        part = keys[start : start + KEYS_A_QUERY]
+        owners = select(Claim.owner).where(Claim.key.in_(part), Claim.expires_at >= now).distinct()
+        for owner in session.scalars(owners).all():
+            if is_dead(owner):
+                session.execute(delete(Claim).where(Claim.owner == owner))
+
+
+def _clock(session: Session) -> float:
+    """Seconds since 1970, by the database's clock where it has one of its own."""
+    if session.get_bind().dialect.name == "sqlite":
+        return time.time()
+    return float(session.scalar(text("SELECT extract(epoch FROM clock_timestamp())")) or 0.0)
+
+
+@cache
+def _machine() -> str:
+    """Tells machines apart, and boots: process numbers mean nothing elsewhere, or afterwards."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
+    with suppress(OSError):  # a container has process numbers of its own
+        parts.append(Path("/proc/self/ns/pid").readlink().name.strip("pid:[]"))
+    return ":".join(parts)

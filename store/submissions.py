@@ -1,0 +1,226 @@
+"""Jobs and exports that are submitted to be run by whoever serves the store."""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import defer
+
+from store.database import Store, lasting
+from store.errors import ConflictError, NotFoundError
+from store.queries import find_job, key_of
+from store.tables import ExportOrder, Job, Model, now
+
+QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
+STATES = (QUEUED, RUNNING, DONE, FAILED, CANCELLED)
+OPEN = (QUEUED, RUNNING)
+
+
+def submit_job(
+    store: Store,
+    config: dict[str, Any],
+    launch: dict[str, Any],
+    submitted_by: str | None = None,
+    once: str | None = None,
+) -> Job:
+    """A new job that waits for a driver.
+
+    Args:
+        store: where it is kept.
+        config: of the job, as validated.
+        launch: what its driver is started with: workers and what each needs.
+        submitted_by: name of the token.
+        once: a submission with the same word is the same job, not another one.
+    """
+    return _submitted(
+        store, config, launch, submitted_by, key_of(submitted_by, once or uuid4().hex)
+    )
+
+
+@lasting
+def _submitted(
+    store: Store,
+    config: dict[str, Any],
+    launch: dict[str, Any],
+    submitted_by: str | None,
+    once: str,
+) -> Job:
+    with store.session() as session:
+        job = session.scalar(select(Job).where(Job.once == once))
+        if job is None:
+            job = Job(
+                key=key_of("submitted", once), once=once, state=QUEUED, config=config, facts={},
+                launch=launch, submitted_by=submitted_by, attempts=0,
+            )  # fmt: skip
+            session.add(job)
+        session.flush()
+        return job
+
+
+@lasting
+def cancel_job(store: Store, job_id: int) -> Job:
+    """A queued or running job is not to go on; its driver notices.
+
+    Raises:
+        NotFoundError: no such job.
+        ConflictError: it has ended.
+    """
+    find_job(store, job_id)
+    with store.session() as session:
+        job = session.get_one(Job, job_id, with_for_update=True)
+        if job.state not in OPEN:
+            raise ConflictError(f"job {job.id} is {job.state}: there is nothing to cancel")
+        job.state, job.error = CANCELLED, None
+        return job
+
+
+@lasting
+def resume_job(store: Store, job_id: int) -> Job:
+    """A job that failed, was cancelled or lost its shell goes on from what is in the store.
+
+    Raises:
+        NotFoundError: no such job.
+        ConflictError: it is done, or waits or runs for a server already.
+    """
+    find_job(store, job_id)
+    with store.session() as session:
+        job = session.get_one(Job, job_id, with_for_update=True)
+        if job.state == DONE:
+            raise ConflictError(f"job {job.id} is done: there is nothing to resume")
+        if job.state in OPEN and job.launch is not None:
+            raise ConflictError(f"job {job.id} is {job.state} already")
+        job.state, job.error, job.attempts = QUEUED, None, 0
+        job.launch = job.launch or {}
+        return job
+
+
+@lasting
+def start_job(store: Store, job_id: int) -> Job | None:
+    """A queued job runs now, one that runs goes on; None where it is not to run."""
+    with store.session() as session:
+        job = session.get(Job, job_id, with_for_update=True)
+        if job is None or job.state not in OPEN:
+            return None
+        job.state = RUNNING
+        return job
+
+
+@lasting
+def attempt(store: Store, kind: type[Job] | type[ExportOrder], number: int, most: int) -> bool:
+    """Count a driver that is about to be started.
+
+    False where too many got nowhere, which fails what they should have done.
+    """
+    with store.session() as session:
+        found: Any = session.get_one(kind, number, with_for_update=True)
+        if found.attempts >= most:
+            found.state = FAILED
+            found.error = (
+                f"its driver died {most} times before it got anywhere; see the log, "
+                "mend it, then resume"
+            )
+            return False
+        found.attempts += 1
+        return True
+
+
+@lasting
+def open_jobs(store: Store) -> list[int]:
+    """Submitted jobs that should be running, oldest first."""
+    with store.session() as session:
+        query = select(Job.id).where(Job.state.in_(OPEN), Job.launch.is_not(None))
+        return list(session.scalars(query.order_by(Job.id)))
+
+
+@lasting
+def page_of_jobs(
+    store: Store,
+    limit: int,
+    before: int | None = None,
+    state: str | None = None,
+    model: str | None = None,
+) -> list[tuple[Job, str]]:
+    """Jobs with their models' names, newest number first; without their facts, which may be large."""
+    name = func.coalesce(Model.name, Job.config["model"].as_string())
+    query = (
+        select(Job, name)
+        .join(Model, Model.weights_hash == Job.weights_hash, isouter=True)
+        .options(defer(Job.facts, raiseload=True))
+        .order_by(Job.id.desc())
+        .limit(limit)
+    )
+    if before is not None:
+        query = query.where(Job.id < before)
+    if state is not None:
+        query = query.where(Job.state == state)
+    if model is not None:
+        query = query.where(name.icontains(model, autoescape=True))
+    with store.session() as session:
+        return [(job, found) for job, found in session.execute(query)]
+
+
+@lasting
+def jobs_of_model(store: Store, model: str) -> list[tuple[int, Any]]:
+    """Numbers and times of change of the planned jobs of a model, by its name or weights' hash."""
+    query = (
+        select(Job.id, Job.updated_at)
+        .join(Model, Model.weights_hash == Job.weights_hash)
+        .where(or_(Model.name == model, Model.weights_hash == model))
+    )
+    with store.session() as session:
+        return [(number, changed) for number, changed in session.execute(query)]
+
+
+@lasting
+def order_export(
+    store: Store, job_id: int, point: int, targets: Sequence[str], submitted_by: str | None
+) -> ExportOrder:
+    """A new export that waits for a driver."""
+    with store.session() as session:
+        order = ExportOrder(
+            job_id=job_id, point=point, targets=list(targets), state=QUEUED, files=[], result=[],
+            submitted_by=submitted_by, attempts=0, created_at=now(),
+        )  # fmt: skip
+        session.add(order)
+        session.flush()
+        return order
+
+
+@lasting
+def find_export(store: Store, number: int) -> ExportOrder:
+    """An export by number.
+
+    Raises:
+        NotFoundError: no such export.
+    """
+    with store.session() as session:
+        found = session.get(ExportOrder, number)
+        if found is None:
+            raise NotFoundError(f"no export {number} in the store")
+        return found
+
+
+@lasting
+def exports_of(store: Store, job_id: int) -> list[ExportOrder]:
+    """A job's exports, newest first."""
+    with store.session() as session:
+        query = select(ExportOrder).where(ExportOrder.job_id == job_id)
+        return list(session.scalars(query.order_by(ExportOrder.id.desc())))
+
+
+@lasting
+def open_exports(store: Store) -> list[int]:
+    """Exports that should be made, oldest first."""
+    with store.session() as session:
+        query = select(ExportOrder.id).where(ExportOrder.state.in_(OPEN))
+        return list(session.scalars(query.order_by(ExportOrder.id)))
+
+
+@lasting
+def update_export(store: Store, /, number: int, **columns: Any) -> None:
+    """Set columns of an export."""
+    with store.session() as session:
+        order = session.get_one(ExportOrder, number)
+        for name, value in columns.items():
+            setattr(order, name, value)

@@ -19,7 +19,7 @@ from bitfront.config import load_config
 from bitfront.pipeline import spec_of
 from bitfront.plan import make_plan
 from workers.pool import Task
-from workers.ray_pool import RayPool
+from workers.ray_pool import Needs, RayPool
 from workers.session import Session, SessionSpec
 
 
@@ -51,7 +51,7 @@ def main() -> None:
 
     hidden = forward()
     times: dict[str, list[float]] = {"forward": [], "kl": [], "worker": [], "switch": []}
-    with RayPool(spec, workers=1) as pool:
+    with RayPool(spec, needs=Needs(1)) as pool:
 
         def through_worker(i: int) -> None:
             pool.submit(Task("measure", {"schemes": maps[i % len(maps)], "ids": ids}))

@@ -39,7 +39,7 @@ from store.queries import (
     save_candidates,
     update_job,
 )
-from store.tables import Candidate, Job
+from store.tables import Candidate, Job, now
 from workers.pool import Task
 
 
@@ -181,4 +181,5 @@ def _measured(given: _Given, store: Store, address: str, progress: Progress) -> 
     if candidate.failure:
         raise ConfigError(f"the map can't be measured: {candidate.failure}")
     save_candidates(store, [candidate])
+    update_job(store, given.job.id, updated_at=now())  # its front is another now
     return candidate.point

@@ -1,6 +1,7 @@
 """Job configuration: a YAML preset, a user's file over it, command-line flags over both."""
 
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,16 @@ ENGINE_MENUS = {
 
 
 class ConfigError(BitfrontError):
-    """A configuration that doesn't say what it should, with the field and what is expected."""
+    """A configuration that doesn't say what it should, with the field and what is expected.
+
+    Args:
+        text: all in one line.
+        problems: the same by field, where it was fields: `loc` is the way to it.
+    """
+
+    def __init__(self, text: str, problems: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(text)
+        self.problems = list(problems)
 
 
 class _Closed(BaseModel):
@@ -182,15 +192,29 @@ def load_config(model: str, file: Path | None, overrides: dict[str, Any]) -> Job
     Raises:
         ConfigError: an unknown field or a wrong value, with the file's name.
     """
+    return config_of(model, _read_yaml(file) if file else {}, overrides, file)
+
+
+def config_of(
+    model: str,
+    given: dict[str, Any],
+    overrides: dict[str, Any] | None = None,
+    file: Path | None = None,
+) -> JobConfig:
+    """The configuration of a job from fields that replace the preset's; see `load_config`.
+
+    Raises:
+        ConfigError: an unknown field or a wrong value, with the places in `problems`.
+    """
     data = _preset("jobs", DEMO if model == DEMO else "default")
-    data_of_file = _read_yaml(file) if file else {}
-    data = _merge(data, data_of_file)
+    overrides = overrides or {}
+    data = _merge(data, given)
     for path, value in overrides.items():
         if value is not None:
             data = _merge(data, _nested(path, value))
     wanted = data.get("serving")
     engine = wanted.get("engine") if isinstance(wanted, dict) else None
-    own = data_of_file.get("menu")
+    own = given.get("menu")
     asked = overrides.get("menu") or isinstance(own, str) or (own and "schemes" in own)
     if isinstance(engine, str) and engine in ENGINE_MENUS and not asked:
         base = _menu(ENGINE_MENUS[engine])
@@ -200,7 +224,7 @@ def load_config(model: str, file: Path | None, overrides: dict[str, Any]) -> Job
     try:
         return JobConfig.model_validate({**_absolute(data), "model": _absolute_path(model)})
     except ValidationError as error:
-        raise ConfigError(_explain(error, file)) from error
+        raise ConfigError(_explain(error, file), _problems(error)) from error
 
 
 def _menu(name: str) -> dict[str, Any]:
@@ -276,6 +300,13 @@ def _absolute(data: dict[str, Any]) -> dict[str, Any]:
 def _absolute_path(name: str) -> str:
     path = Path(name).expanduser()
     return str(path.resolve()) if name != DEMO and path.exists() else name
+
+
+def _problems(error: ValidationError) -> list[dict[str, Any]]:
+    return [
+        {"loc": [str(part) for part in found["loc"]], "msg": found["msg"]}
+        for found in error.errors()
+    ]
 
 
 def _explain(error: ValidationError, file: Path | None) -> str:

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatch
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from bitfront import latency
+from bitfront.answering import Limits, answer
 from bitfront.console import print_json, print_table
-from bitfront.fronts import Constraints, Front, best_point, layout_of, load_front
+from bitfront.fronts import Front, load_front
 from bitfront.sizes import show_bytes, show_seconds
-from cost_models.memory import PHASES, Phase, Sharing, Workload, kv_cache_bytes
+from cost_models.memory import PHASES, Phase
 from engines import target_of
 from quantization.errors import BitfrontError
 from store.database import Store
@@ -21,14 +20,10 @@ if TYPE_CHECKING:
     from quantization.formats import Format  # torch
 
 
-class NothingFitsError(BitfrontError):
-    """A query that no measured point answers."""
-
-
 def run_query(
     store: Store,
     job_id: int | None,
-    limits: dict[str, float | None],
+    limits: Limits,
     batch: int | None,
     context: int | None,
     as_json: bool,
@@ -37,55 +32,25 @@ def run_query(
 
     Without a workload it is the job's, whose activations are known and counted.
     """
-    front = load_front(store, find_job(store, job_id))
-    layout = layout_of(front.job, front.model)
-    if (limits["decode_s"] or limits["prefill_s"]) and not front.job.facts.get("times"):
-        raise NothingFitsError(
-            f"job {front.job.id} has no latency: search with --engine llama.cpp, then ask again"
-        )
-    if limits["memory_bytes"] is not None and not layout.cache:
-        raise NothingFitsError(
-            "this model's KV cache is unknown (its forward pass could not be traced), so its "
-            "memory is, too; constrain --max-size instead"
-        )
-    known = front.job.facts.get("memory", {"workload": {}, "activation_bytes": 0})
-    given = {k: v for k, v in {"batch": batch, "context": context}.items() if v is not None}
-    workload = Workload(**{**known["workload"], **given})
-    sharing = Sharing(**known.get("sharing", {}))
-    cache = sharing.cache(kv_cache_bytes(layout, workload))
-    activations = 0 if given else known["activation_bytes"]
-    bounds = {name: inf if limit is None else limit for name, limit in limits.items()}
-    point, why_not = best_point(front, Constraints(**bounds), cache + activations, sharing)
-    if point is None:
-        raise NothingFitsError(str(why_not))
-    memory = sharing.weights(point.weight_bytes) + cache + activations
-    took = {
-        phase: seconds
-        for phase in PHASES
-        if (seconds := latency.seconds(front.job, point.map_hash, phase)) is not None
-    }
-    shared = {} if sharing.ranks == 1 else {"tensor_parallel": sharing.ranks}
+    found = answer(load_front(store, find_job(store, job_id)), limits, batch, context)
     if as_json:
-        found = next(p for p in front.to_json()["points"] if p["id"] == point.id)
-        print_json({
-            "job": front.job.id, "model": front.model.name, "point": found,
-            "memory_bytes": memory, "kv_cache_bytes": cache, "activation_bytes": activations,
-            "workload": {"batch": workload.batch, "context": workload.context, **shared},
-            **{f"{phase}_s": seconds for phase, seconds in took.items()},
-        })  # fmt: skip
+        print_json(found.to_json())
         return
+    front, point, taken = found.front, found.point, found.footprint
+    cache, activations, workload = taken.cache_bytes, taken.activation_bytes, taken.workload
+    ranks = taken.sharing.ranks
     table = Table("what", "value", title=f"Best of job {front.job.id}: point {point.id}")
     rows = {
         "average bits": f"{point.average_bits:.4f}",
         "weights": f"{show_bytes(point.weight_bytes)} ({point.weight_bytes:,} bytes)",
         f"memory at {workload.batch} x {workload.context} tokens"
-        + (f", each of {sharing.ranks} devices" if shared else ""): f"{show_bytes(memory)} "
+        + (f", each of {ranks} devices" if ranks > 1 else ""): f"{show_bytes(found.memory_bytes)} "
         f"(KV cache {show_bytes(cache)}"
         + (f", activations {show_bytes(activations)})" if activations else ")"),
         "KL, nats per token": f"{point.kl:.5f} ({point.kl_low:.5f} to {point.kl_high:.5f})",
         "perplexity": f"{point.perplexity:.3f} (unquantized {front.reference_perplexity or 0:.3f})",
-        **{f"{phase} latency": show_seconds(seconds) for phase, seconds in took.items()},
-        **_request(front, took),
+        **{f"{phase} latency": show_seconds(seconds) for phase, seconds in found.seconds.items()},
+        **_request(front, found.seconds),
         "control": point.control or "no",
         "take it": f"bitfront export {front.job.id} --point {point.id} --to {_target(front)} -o DIR",
     }

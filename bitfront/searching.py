@@ -86,9 +86,9 @@ def open_pool(spec: SessionSpec, address: str, workers: int | None) -> Pool:
     """The workers that the command line names."""
     if address == NO_RAY:
         return InProcessPool(replace(spec, threads=os.cpu_count() or 1))
-    from workers.ray_pool import RayPool
+    from workers.ray_pool import Needs, RayPool
 
-    return RayPool(spec, address, workers)
+    return RayPool(spec, address, Needs(workers))
 
 
 def dry_run(config: JobConfig, as_json: bool) -> None:

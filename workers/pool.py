@@ -5,13 +5,17 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from safetensors import SafetensorError
 
 from quantization.errors import BitfrontError, WorkerError
-from workers.session import Session, SessionSpec
+
+if TYPE_CHECKING:
+    from workers.session import SessionSpec  # torch, which a driver of many workers needn't load
+
+OUT_OF_MEMORY = "OutOfMemoryError"
+"""torch's, by name."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,14 @@ class Outcome:
     known: bool = False
 
 
-def call(session: Session, method: str, arguments: dict[str, Any]) -> Any:
+def make_session(spec: "SessionSpec") -> Any:
+    """What does the work in a worker's process."""
+    from workers.session import Session
+
+    return Session(spec)
+
+
+def call(session: Any, method: str, arguments: dict[str, Any]) -> Any:
     """Call a method of a session; what a machine refuses (disk, memory) becomes one line.
 
     Raises:
@@ -54,7 +65,9 @@ def call(session: Session, method: str, arguments: dict[str, Any]) -> Any:
     """
     try:
         return getattr(session, method)(**arguments)
-    except (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != OUT_OF_MEMORY:
+            raise
         raise WorkerError(
             f"'{method}' failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; "
             "what was measured is kept: mend it, then run the same command again"
@@ -125,8 +138,8 @@ class InProcessPool(Pool):
 
     workers = 1
 
-    def __init__(self, spec: SessionSpec) -> None:
-        self._session = Session(spec)
+    def __init__(self, spec: "SessionSpec") -> None:
+        self._session = make_session(spec)
         self._queue: deque[Task] = deque()
 
     def submit(self, task: Task) -> None:

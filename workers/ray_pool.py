@@ -9,7 +9,8 @@ import logging
 import os
 import time
 from collections import deque
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
 from math import inf
 from typing import Any
 
@@ -17,22 +18,24 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from quantization.errors import BitfrontError, WorkerDiedError, WorkerError
-from workers.pool import Outcome, Pool, Task, call
-from workers.session import Session, SessionSpec
+from workers.pool import Outcome, Pool, Task, call, make_session
 
 LOCAL = "local"
 MOST_LOCAL_WORKERS = 8
 ATTEMPTS = 3
 RESTART_PATIENCE_S = 120
 START_PATIENCE_S = 300
+SHARE_S = 3.0
+"""How often a pool that shares workers with others looks how many are its own."""
+START_PAUSE_S = 1.0
 OBJECT_STORE_BYTES = 128 * 2**20  # tasks and results are small; weights travel by the page cache
 
 
 class _Worker:
     """The actor."""
 
-    def __init__(self, spec: SessionSpec) -> None:
-        self._session = Session(spec)
+    def __init__(self, make: Callable[[Any], Any], spec: Any) -> None:
+        self._session = make(spec)
 
     def run(self, method: str, arguments: dict[str, Any]) -> Any:
         """Call a method of the session; its errors are values, Ray's are exceptions."""
@@ -46,36 +49,81 @@ class _Worker:
         return os.getpid()
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Workers, and what each needs of a cluster, by Ray's names; None is left to us.
+
+    Args:
+        workers: replicas; by default one a GPU, or up to eight a machine.
+        cpus: cores of each; by default its share of all.
+        gpus: of each; by default one where there are any.
+        accelerator_type: such as `H100`, where nodes differ.
+        memory_bytes: of each, which Ray reserves; by default nothing is reserved.
+    """
+
+    workers: int | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+    accelerator_type: str | None = None
+    memory_bytes: int | None = None
+
+
 class RayPool(Pool):
     """A pool of actors.
 
     Args:
         spec: what each worker needs; `threads` is overruled by what a worker's share of cores is.
         address: a Ray cluster's address, or `local` for a Ray of our own.
-        workers: how many actors; by default one a GPU, or up to eight a machine.
+        needs: how many actors, and what each needs.
+        share: the part of the workers that is this pool's at the moment, above 0 and up to 1; the
+            pool shrinks and grows with it, to one actor at least, and waits for room as long as
+            that takes. None: all of them, now.
+        make: makes what does the work, in the actor.
     """
 
-    def __init__(self, spec: SessionSpec, address: str = LOCAL, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: Any,
+        address: str = LOCAL,
+        needs: Needs = Needs(),  # frozen
+        share: Callable[[], float] | None = None,
+        make: Callable[[Any], Any] = make_session,
+    ) -> None:
         _connect(address)
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), max(int(resources.get("CPU", 1)), 1)
         machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        self.workers = workers or gpus or min(cores, MOST_LOCAL_WORKERS * max(len(machines), 1))
+        most = needs.workers or gpus or min(cores, MOST_LOCAL_WORKERS * max(len(machines), 1))
         largest = int(max(machines, default=1)) or 1
-        threads = max(min(cores // self.workers, largest), 1)
-        options = {
-            "num_cpus": min(threads, cores / self.workers),
-            "num_gpus": min(1, gpus / self.workers),
+        threads = max(min(cores // most, largest), 1)
+        options: dict[str, Any] = {
+            "num_cpus": min(threads, cores / most) if needs.cpus is None else needs.cpus,
+            "num_gpus": min(1, gpus / most) if needs.gpus is None else needs.gpus,
             "max_restarts": -1,
         }
+        if needs.accelerator_type:
+            options["accelerator_type"] = needs.accelerator_type
+        if needs.memory_bytes:
+            options["memory"] = needs.memory_bytes
+        if is_dataclass(spec) and not isinstance(spec, type):
+            spec = replace(spec, threads=threads)
         actor = ray.remote(_Worker).options(**options)
-        self._actors = [actor.remote(replace(spec, threads=threads)) for _ in range(self.workers)]
-        self._await_actors()
+        self._new_actor: Callable[[], Any] = lambda: actor.remote(make, spec)
+        self._most, self._share, self._shared_at = most, share, -inf
+        self.workers = most
         # a GPU has one worker, and its memory to itself
         self._memory_bytes = inf if gpus else resources.get("memory", inf)
-        self._idle = deque(self._actors)
         self._queue: deque[tuple[Task, int]] = deque()
         self._running: dict[Any, tuple[Any, Task, int]] = {}
+        self._idle: deque[Any] = deque()
+        self._starting: dict[Any, Any] = {}
+        self._actors: list[Any] = []
+        if share is None:
+            self._actors = [self._new_actor() for _ in range(most)]
+            self._await_actors()
+            self._idle.extend(self._actors)
+        else:
+            self._resize()
 
     def _await_actors(self) -> None:
         """Wait until all actors run; a cluster without room for them would hang silently."""
@@ -90,6 +138,34 @@ class RayPool(Pool):
                 "try fewer with --workers"
             ) from error
 
+    def _resize(self) -> None:
+        """Follow the share: start actors, or stop those that are idle or still starting."""
+        if self._share is None or time.monotonic() - self._shared_at < SHARE_S:
+            return
+        self._shared_at = time.monotonic()
+        self.workers = max(1, round(self._most * self._share()))
+        while len(self._actors) < self.workers:
+            actor = self._new_actor()
+            self._actors.append(actor)
+            self._starting[actor.process.remote()] = actor
+        for reference, actor in list(self._starting.items()):
+            if len(self._actors) > self.workers:
+                del self._starting[reference]
+                self._stop(actor)
+        while self._idle and len(self._actors) > self.workers:
+            self._stop(self._idle.pop())
+
+    def _stop(self, actor: Any) -> None:
+        self._actors.remove(actor)
+        ray.kill(actor, no_restart=True)
+
+    def _free(self, actor: Any) -> None:
+        """An actor that has nothing to do: it waits, or goes where there are too many."""
+        if len(self._actors) > self.workers:
+            self._stop(actor)
+        else:
+            self._idle.append(actor)
+
     def submit(self, task: Task) -> None:
         """See `Pool.submit`."""
         self._queue.append((task, 1))
@@ -98,21 +174,44 @@ class RayPool(Pool):
     def next(self) -> Outcome:
         """See `Pool.next`."""
         while True:
-            if not self._running:
+            if not self._running and not self._queue:
                 raise LookupError("no task is queued")
-            [reference], _ = ray.wait(list(self._running), num_returns=1)
-            actor, task, attempt = self._running.pop(reference)
-            try:
-                value, error = ray.get(reference)
-            except RayTaskError:  # a bug in the task, which another worker would repeat
-                raise
-            except RayError as failure:
-                self._idle.append(actor)
-                self._retry(task, attempt, failure)
-                continue
-            self._idle.append(actor)
+            self._resize()
             self._dispatch()
-            return Outcome(task, value, error)
+            wanted = [*self._running, *self._starting]
+            [*done], _ = ray.wait(wanted, num_returns=1, timeout=SHARE_S if self._share else None)
+            for reference in done:
+                if reference in self._starting:
+                    self._started(reference)
+                elif outcome := self._ended(reference):
+                    return outcome
+
+    def _started(self, reference: Any) -> None:
+        """An actor is there, or can't be made: then another one is."""
+        actor = self._starting.pop(reference)
+        try:
+            ray.get(reference)
+        except RayError:
+            self._stop(actor)
+            self._shared_at = -inf
+            time.sleep(START_PAUSE_S)
+        else:
+            self._free(actor)
+
+    def _ended(self, reference: Any) -> Outcome | None:
+        """What a task came to; None where its worker died, and it is queued again."""
+        actor, task, attempt = self._running.pop(reference)
+        try:
+            value, error = ray.get(reference)
+        except RayTaskError:  # a bug in the task, which another worker would repeat
+            raise
+        except RayError as failure:
+            self._free(actor)
+            self._retry(task, attempt, failure)
+            return None
+        self._free(actor)
+        self._dispatch()
+        return Outcome(task, value, error)
 
     def processes(self) -> list[int]:
         """The workers' process numbers."""

@@ -133,10 +133,10 @@ def test_another_question_reuses_what_was_measured(done):
 
 
 def test_results_do_not_depend_on_the_pool(done, tiny_folders, store, tmp_path):
-    from workers.ray_pool import RayPool
+    from workers.ray_pool import Needs, RayPool
 
     first_store, job, plan = done
-    again = run_search(plan, store, lambda spec: RayPool(spec, workers=2), Silent(),
+    again = run_search(plan, store, lambda spec: RayPool(spec, needs=Needs(2)), Silent(),
                        os.environ["BITFRONT_CACHE"])  # fmt: skip
     first, second = (load_front(s, find_job(s, n)).points
                      for s, n in ((first_store, job), (store, again)))  # fmt: skip

@@ -11,7 +11,7 @@ from quantization.errors import BitfrontError, MeasurementError, WorkerError
 from sensitivity import ESTIMATORS, merge
 from tests.conftest import choices_of
 from workers.pool import InProcessPool, Task
-from workers.ray_pool import RayPool
+from workers.ray_pool import Needs, RayPool
 from workers.session import Session, SessionSpec
 
 IDS = np.random.default_rng(0).integers(2, 300, (6, 32))
@@ -35,7 +35,7 @@ def spec(make_bank):
 
 @pytest.fixture(scope="module")
 def ray_pool(spec):
-    with RayPool(spec, workers=2) as pool:
+    with RayPool(spec, needs=Needs(2)) as pool:
         yield pool
 
 

@@ -1,0 +1,205 @@
+"""Answers to questions about measured maps: the best one under constraints, and two compared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from bitfront import latency
+from bitfront.fronts import (
+    Constraints,
+    Front,
+    Point,
+    best_point,
+    layout_of,
+    losses,
+    quality_key,
+)
+from cost_models.memory import PHASES, Phase, Sharing, Workload, kv_cache_bytes
+from quantization.errors import BitfrontError
+from search.statistics import paired_difference
+from store.database import Store
+
+LIMITS = ("weight_bytes", "average_bits", "kl", "memory_bytes", "decode_s", "prefill_s")
+Limits = Mapping[str, float | None]
+
+
+class NothingFitsError(BitfrontError):
+    """A question that no measured point answers."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a job's maps take beside their weights, at a workload.
+
+    Args:
+        cache_bytes: of the KV cache, on each device.
+        activation_bytes: known for the job's own workload only, else 0.
+    """
+
+    workload: Workload
+    cache_bytes: int
+    activation_bytes: int
+    sharing: Sharing
+
+    @property
+    def other_bytes(self) -> int:
+        """Everything but the weights."""
+        return self.cache_bytes + self.activation_bytes
+
+    def memory_bytes(self, weight_bytes: int) -> int:
+        """Of each device."""
+        return self.sharing.weights(weight_bytes) + self.other_bytes
+
+
+def footprint(front: Front, batch: int | None = None, context: int | None = None) -> Footprint:
+    """At a workload; by default at the job's, whose activations are known and counted."""
+    known = front.job.facts.get("memory", {"workload": {}, "activation_bytes": 0})
+    given = {k: v for k, v in {"batch": batch, "context": context}.items() if v is not None}
+    workload = Workload(**{**known["workload"], **given})
+    sharing = Sharing(**known.get("sharing", {}))
+    cache = sharing.cache(kv_cache_bytes(layout_of(front.job, front.model), workload))
+    return Footprint(workload, cache, 0 if given else known["activation_bytes"], sharing)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The best point of a front, and what it takes there."""
+
+    front: Front
+    point: Point
+    footprint: Footprint
+    seconds: dict[Phase, float]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, KV cache and activations."""
+        return self.footprint.memory_bytes(self.point.weight_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `bitfront query --json` prints it."""
+        found, workload = self.footprint, self.footprint.workload
+        ranks = found.sharing.ranks
+        shared = {} if ranks == 1 else {"tensor_parallel": ranks}
+        document = self.front.to_json()
+        return {
+            "job": self.front.job.id,
+            "model": self.front.model.name,
+            "point": next(p for p in document["points"] if p["id"] == self.point.id),
+            "memory_bytes": self.memory_bytes,
+            "kv_cache_bytes": found.cache_bytes,
+            "activation_bytes": found.activation_bytes,
+            "workload": {"batch": workload.batch, "context": workload.context, **shared},
+            **{f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
+        }
+
+
+def answer(
+    front: Front, limits: Limits, batch: int | None = None, context: int | None = None
+) -> Answer:
+    """The best point of a front within limits (names of `LIMITS`; None is none).
+
+    Raises:
+        NothingFitsError: with what each limit would have to be at least.
+    """
+    job = front.job
+    if (limits.get("decode_s") or limits.get("prefill_s")) and not job.facts.get("times"):
+        raise NothingFitsError(
+            f"job {job.id} has no latency: search with --engine llama.cpp, then ask again"
+        )
+    if limits.get("memory_bytes") is not None and not layout_of(job, front.model).cache:
+        raise NothingFitsError(
+            "this model's KV cache is unknown (its forward pass could not be traced), so its "
+            "memory is, too; constrain --max-size instead"
+        )
+    found = footprint(front, batch, context)
+    bounds = {n: inf if limits.get(n) is None else float(limits[n] or 0) for n in LIMITS}
+    point, why_not = best_point(front, Constraints(**bounds), found.other_bytes, found.sharing)
+    if point is None:
+        raise NothingFitsError(str(why_not))
+    took = {
+        phase: seconds
+        for phase in PHASES
+        if (seconds := latency.seconds(job, point.map_hash, phase)) is not None
+    }
+    return Answer(front, point, found, took)
+
+
+def best_answer(answers: Sequence[Answer], by_size: bool) -> tuple[Answer, list[Answer]]:
+    """The best of several jobs' answers, and the best on each other held-out text.
+
+    KL is only comparable on the same text. What most answers were measured on decides.
+
+    Args:
+        answers: one at least.
+        by_size: the KL is limited, and the fewest bytes are wanted.
+    """
+    groups: dict[tuple[str, ...], list[Answer]] = {}
+    for found in answers:
+        groups.setdefault(tuple(found.front.job.facts["chunks"]["heldout"]), []).append(found)
+
+    def rank(found: Answer) -> tuple[float, float]:
+        sizes = float(found.point.weight_bytes), found.point.kl
+        return sizes if by_size else sizes[::-1]
+
+    ordered = sorted(groups.values(), key=lambda group: (-len(group), -group[0].front.job.id))
+    first, *others = (min(group, key=rank) for group in ordered)
+    return first, others
+
+
+def compare(store: Store, a: tuple[Front, int], b: tuple[Front, int]) -> dict[str, Any]:
+    """Two measured points, chunk by chunk: KL of the first less that of the second.
+
+    Raises:
+        BitfrontError: no such point, or points that were measured on different text or models.
+    """
+    (front_a, point_a), (front_b, point_b) = (_point(*pair) for pair in (a, b))
+    if front_a.job.model_hash != front_b.job.model_hash:
+        raise BitfrontError(
+            f"job {front_a.job.id} is of {front_a.model.name} and job {front_b.job.id} of "
+            f"{front_b.model.name}: maps of different models can't be compared in pairs"
+        )
+    found = []
+    for front, point in ((front_a, point_a), (front_b, point_b)):
+        chunks = front.job.facts["chunks"]["heldout"]
+        own = front.candidates[point.id]
+        found.append((chunks, losses(store, quality_key(front.job), [own], chunks)[own.map_hash]))
+    (chunks, mine), (others, theirs) = found
+    if chunks != others:
+        raise BitfrontError(
+            f"jobs {front_a.job.id} and {front_b.job.id} were measured on different held-out text; "
+            "search both with the same --text to compare them"
+        )
+    gap = paired_difference(mine.kl_sums, theirs.kl_sums, mine.tokens)
+    names = [f"point {p.id} of job {f.job.id}" for f, p in ((front_a, point_a), (front_b, point_b))]
+    if gap.high < 0 or gap.low > 0:
+        better, worse = names if gap.high < 0 else names[::-1]
+        verdict = f"{better} loses less than {worse}"
+    else:
+        verdict = f"{names[0]} and {names[1]} can't be told apart on this text"
+    units = [unit.name for unit in layout_of(front_a.job, front_a.model).units]
+    schemes = [f.candidates[p.id].schemes for f, p in ((front_a, point_a), (front_b, point_b))]
+    differing = []
+    if len(schemes[0]) == len(schemes[1]):  # an engine that fuses nothing splits units
+        differing = [
+            {"unit": unit, "a": x, "b": y}
+            for unit, x, y in zip(units, *schemes, strict=True)
+            if x != y
+        ]
+    return {
+        "a": {"job": front_a.job.id, "point": point_a.id},
+        "b": {"job": front_b.job.id, "point": point_b.id},
+        "chunks": len(chunks),
+        "difference": {"mean": gap.mean, "low": gap.low, "high": gap.high},
+        "verdict": verdict,
+        "differing": differing,
+        "same": len(units) - len(differing) if len(schemes[0]) == len(schemes[1]) else None,
+    }
+
+
+def _point(front: Front, number: int) -> tuple[Front, Point]:
+    point = front.point(number)
+    if point is None:
+        known = ", ".join(str(p.id) for p in front.points) or "none"
+        raise BitfrontError(f"job {front.job.id} has no measured point {number}; there are {known}")
+    return front, point

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitfront import studies
+from bitfront import services, studies
 from bitfront.options import (
     AddressOption,
     BatchOption,
@@ -50,6 +50,10 @@ app.command()(studies.formats)
 app.command()(studies.devices)
 app.command()(studies.engines)
 app.command()(studies.profile)
+app.command()(services.serve)
+app.command(hidden=True)(services.drive)
+app.command("drive-export", hidden=True)(services.drive_export)
+app.add_typer(services.tokens, name="tokens")
 
 
 def _show_version(wanted: bool) -> None:

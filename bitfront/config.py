@@ -13,6 +13,8 @@ from quantization.errors import BitfrontError
 from quantization.registry import Registry
 
 DEMO = "demo"
+AUTO = "auto"
+"""In the place of an estimator: the best of the model's audit."""
 UNPROVEN = ("fisher", "fisher-quantized")
 """What scores where no audit of the model has been: see benchmarks/results."""
 

@@ -21,7 +21,7 @@ def show_devices(name: str | None, as_json: bool) -> None:
         return
     devices = [DEVICES[entry] for entry in DEVICES]
     if as_json:
-        print_json([_document(device) for device in devices])
+        print_json([document(device) for device in devices])
         return
     table = Table(
         "name", "device", "memory", "bandwidth", "bf16", "fp8", "int8", "fp4", "TDP", "engines",
@@ -41,7 +41,7 @@ def show_devices(name: str | None, as_json: bool) -> None:
 
 def _show_one(device: Device, as_json: bool) -> None:
     if as_json:
-        print_json(_document(device))
+        print_json(document(device))
         return
     table = Table("what", "value", title=device.title, title_justify="left")
     for label, value in _rows(device):
@@ -90,7 +90,8 @@ def _rows(device: Device) -> list[tuple[str, str]]:
     ]
 
 
-def _document(device: Device) -> dict[str, Any]:
+def document(device: Device) -> dict[str, Any]:
+    """A device, as `bitfront devices --json` prints it."""
     return device.model_dump(mode="json")
 
 

@@ -18,7 +18,7 @@ def show_engines(name: str | None, as_json: bool) -> None:
     if name is not None:
         _show_one(load_engine(name), as_json)
         return
-    documents = [_document(load_engine(entry)) for entry in ENGINES]
+    documents = [document(load_engine(entry)) for entry in ENGINES]
     if as_json:
         print_json(documents)
         return
@@ -35,7 +35,7 @@ def show_engines(name: str | None, as_json: bool) -> None:
 
 
 def _show_one(rules: Rules, as_json: bool) -> None:
-    found = _document(rules)
+    found = document(rules)
     if as_json:
         print_json(found)
         return
@@ -53,7 +53,7 @@ def _show_one(rules: Rules, as_json: bool) -> None:
     print_table(facts)
 
 
-def _document(rules: Rules) -> dict[str, Any]:
+def document(rules: Rules) -> dict[str, Any]:
     """An engine's rules; those that are code, not data, are in its module."""
     own = rules.runtime.model_dump() if isinstance(rules, Declared) else _in_code(rules)
     return {

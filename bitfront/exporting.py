@@ -41,11 +41,11 @@ def export_point(
     places = {t.name: folder / t.name if len(targets) > 1 else folder for t in targets}
     for place in places.values():
         _check_free(place, force)
-    precision_map = _precision_map(front, point)
+    chosen = precision_map(front, point)
     export = (
-        _with_model(store, front, point, precision_map)
+        _with_model(store, front, point, chosen)
         if any(target.needs_model for target in targets)
-        else Export(precision_map)
+        else Export(chosen)
     )
     return [_exported(front, point, target, export, places[target.name]) for target in targets]
 
@@ -140,7 +140,8 @@ def _clear(folder: Path, new: set[str]) -> None:
             file.unlink()
 
 
-def _precision_map(front: Front, point: Point) -> PrecisionMap:
+def precision_map(front: Front, point: Point) -> PrecisionMap:
+    """The neutral map of a measured point, with where it comes from; no model is needed."""
     job, model = front.job, front.model
     candidate = front.candidates[point.id]
     schemes = [_formats(name) for name in candidate.schemes]
@@ -172,14 +173,14 @@ def _formats(scheme: str) -> tuple[str, str]:
     return weight, activation or "bf16"
 
 
-def _with_model(store: Store, front: Front, point: Point, precision_map: PrecisionMap) -> Export:
+def _with_model(store: Store, front: Front, point: Point, chosen: PrecisionMap) -> Export:
     """Rebuild the candidate from the bank, and find the chunks that it was measured on."""
     from bitfront.pipeline import spec_of
     from bitfront.plan import admitting, plan_again
     from workers.session import Session
 
     plan = plan_again(front.job, front.model)
-    plan = admitting(plan, precision_map.schemes)  # a given map may go beyond the menu
+    plan = admitting(plan, chosen.schemes)  # a given map may go beyond the menu
     spec = replace(spec_of(plan, None), threads=os.cpu_count() or 1)
     session = Session(spec)
     text = plan.texts["heldout"]
@@ -191,4 +192,4 @@ def _with_model(store: Store, front: Front, point: Point, precision_map: Precisi
             f"the held-out text of job {front.job.id} has changed since it was measured; "
             "search again"
         )
-    return Export(precision_map, session.evaluator, text.ids[:CHECKED_CHUNKS], measured.kl.mean)
+    return Export(chosen, session.evaluator, text.ids[:CHECKED_CHUNKS], measured.kl.mean)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bitfront import rules, serving
 from bitfront.budgets import budgets
 from bitfront.config import (
+    AUTO,
     DEMO,
     UNPROVEN,
     ConfigError,
@@ -47,8 +48,6 @@ from store.database import Store
 from store.queries import audited_job, key_of
 from store.tables import Job, Model
 
-AUTO = "auto"
-"""In the place of an estimator: the best of the model's audit."""
 MEMORY_SHARE = 0.5
 PACKED = ", packed"
 

@@ -16,6 +16,8 @@ from quantization.errors import BitfrontError
 from store.database import Store
 from store.queries import find_job, list_jobs
 
+MOST_ROWS = 10**9
+
 if TYPE_CHECKING:
     from quantization.formats import Format  # torch
 
@@ -102,21 +104,7 @@ def show_formats(pattern: str, shape: str, as_json: bool) -> None:
     """Print the formats whose name or family matches, with their bytes for ROWSxCOLUMNS."""
     from quantization.formats import FORMATS
 
-    try:
-        rows, columns = (int(part) for part in shape.lower().split("x"))
-        if rows < 1 or columns < 1:
-            raise ValueError
-    except ValueError:
-        raise BitfrontError(f"'{shape}' is not a shape such as 4096x11008") from None
-    chosen = [
-        name
-        for name in FORMATS
-        if fnmatch(name, pattern)
-        or pattern in (FORMATS[name].family, *FORMATS[name].family.split("+"))
-    ]
-    if not chosen:
-        FORMATS[pattern]  # says so, with the nearest names
-    entries = [_format_entry(FORMATS[name], (rows, columns)) for name in chosen]
+    entries = [format_document(FORMATS[name], parse_shape(shape)) for name in matching(pattern)]
     if as_json:
         print_json(entries)
         return
@@ -132,7 +120,34 @@ def show_formats(pattern: str, shape: str, as_json: bool) -> None:
     print_table(table)
 
 
-def _format_entry(format: "Format", shape: tuple[int, int]) -> dict[str, Any]:
+def parse_shape(text: str) -> tuple[int, int]:
+    """ROWSxCOLUMNS; raises `BitfrontError` where it is none."""
+    try:
+        rows, columns = (int(part) for part in text.lower().split("x"))
+        if not (1 <= rows <= MOST_ROWS and 1 <= columns <= MOST_ROWS):
+            raise ValueError
+    except ValueError:
+        raise BitfrontError(f"'{text}' is not a shape such as 4096x11008") from None
+    return rows, columns
+
+
+def matching(pattern: str) -> list[str]:
+    """The formats whose name or family matches; raises `UnknownNameError` where none does."""
+    from quantization.formats import FORMATS
+
+    chosen = [
+        name
+        for name in FORMATS
+        if fnmatch(name, pattern)
+        or pattern in (FORMATS[name].family, *FORMATS[name].family.split("+"))
+    ]
+    if not chosen:
+        FORMATS[pattern]  # says so, with the nearest names
+    return chosen
+
+
+def format_document(format: "Format", shape: tuple[int, int]) -> dict[str, Any]:
+    """A format for a shape, as `bitfront formats --json` prints it."""
     from quantization.formats.gguf import GGUFFormat
     from quantization.kernels import kernel_devices
 

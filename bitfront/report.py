@@ -55,7 +55,7 @@ def write_report(front: Front, path: Path) -> None:
 <p class="muted">Effective bits, scales included, for each unit of a map; choose a map above the
 figure.</p>{divs[1]}
 {_audit(front)}<h2>All points</h2>{_table(front)}
-<p class="muted">{escape(_method(front))}</p>
+<p class="muted">{escape(method_of(front))}</p>
 </body></html>
 """
     try:
@@ -143,7 +143,7 @@ def _trace(
 def heat_map(front: Front) -> go.Figure:
     """Bits of each unit: rows are kinds of unit, columns layers; a menu switches maps."""
     layout = layout_of(front.job, front.model)
-    rows = _rows(layout)
+    rows = rows_of(layout)
     shown = [p for p in front.points if p.on_front] or list(front.points)
     grids = [_grid(front, layout, rows, point) for point in shown]
     values = [value for values, _ in grids for row in values for value in row if value is not None]
@@ -176,14 +176,14 @@ def heat_map(front: Front) -> go.Figure:
     return figure
 
 
-def _rows(layout: Layout) -> list[str]:
+def rows_of(layout: Layout) -> list[str]:
     """Kinds of unit in the order of a block, such as `self_attn.o_proj`."""
-    return list(dict.fromkeys(_kind(unit) for unit in layout.units if unit.layer is not None))
+    return list(dict.fromkeys(row for unit in layout.units if (row := row_of(unit)) is not None))
 
 
-def _kind(unit: Unit) -> str:
-    """A unit's name without what depends on the layer."""
-    return unit.name.partition(f".{unit.layer}.")[2]
+def row_of(unit: Unit) -> str | None:
+    """A unit's name without what depends on the layer; None outside of layers."""
+    return None if unit.layer is None else unit.name.partition(f".{unit.layer}.")[2]
 
 
 def _grid(
@@ -197,7 +197,7 @@ def _grid(
     for unit, scheme, costs in zip(layout.units, schemes, bytes_table, strict=True):
         if unit.layer is None:
             continue
-        row = rows.index(_kind(unit))
+        row = rows.index(str(row_of(unit)))
         bits[row][unit.layer] = 8 * costs[menu.index(scheme)] / unit.numel
         texts[row][unit.layer] = scheme
     return bits, texts
@@ -215,7 +215,8 @@ def _facts(front: Front) -> str:
     )
 
 
-def _method(front: Front) -> str:
+def method_of(front: Front) -> str:
+    """In a few sentences, how the figures of a front were made."""
     facts, texts = front.job.facts, front.job.config["texts"]
     held = texts["heldout"]
     fit = facts.get("calibration", {}).get(facts.get("predicts", ""), {})

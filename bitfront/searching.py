@@ -10,11 +10,11 @@ from rich.table import Table
 
 from bitfront.audit_views import audit_json, audit_remarks, audit_table
 from bitfront.auditing import AuditOptions, run_audit
-from bitfront.config import UNPROVEN, ConfigError, JobConfig
+from bitfront.config import AUTO, UNPROVEN, ConfigError, JobConfig
 from bitfront.console import errors, front_table, print_json, print_table
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import AUTO, Plan, make_plan, plan_again, settled
+from bitfront.plan import Plan, make_plan, plan_again, settled
 from bitfront.progress import Lines, RichProgress
 from bitfront.sizes import show_bytes
 from search.controls import uniform

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from store.database import Store, lasting
@@ -174,6 +174,26 @@ def find_model(store: Store, weights_hash: str) -> Model:
     """The model of a job."""
     with store.session() as session:
         return session.get_one(Model, weights_hash)
+
+
+def model_name(store: Store, job: Job) -> str:
+    """The name of a job's model: as its driver found it, or as it was asked for."""
+    if job.weights_hash is None:
+        return str(job.config["model"])
+    return find_model(store, job.weights_hash).name
+
+
+@lasting
+def list_models(store: Store) -> list[tuple[str, str, int]]:
+    """Names and hashes of the models that jobs are of, and how many jobs."""
+    query = (
+        select(Model.name, Model.weights_hash, func.count())
+        .join(Job)
+        .group_by(Model.name, Model.weights_hash)
+        .order_by(Model.name)
+    )
+    with store.session() as session:
+        return [(name, weights_hash, jobs) for name, weights_hash, jobs in session.execute(query)]
 
 
 @lasting

@@ -1,6 +1,7 @@
 """Jobs and exports that are submitted to be run by whoever serves the store."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
@@ -10,7 +11,18 @@ from sqlalchemy.orm import defer
 from store.database import Store, lasting
 from store.errors import ConflictError, NotFoundError
 from store.queries import find_job, key_of
-from store.tables import ExportOrder, Job, Model, now
+from store.tables import (
+    Candidate,
+    CellTime,
+    Claim,
+    ExportOrder,
+    Job,
+    MapTime,
+    Measurement,
+    Model,
+    SensitivityShare,
+    now,
+)
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 STATES = (QUEUED, RUNNING, DONE, FAILED, CANCELLED)
@@ -161,15 +173,41 @@ def page_of_jobs(
 
 
 @lasting
-def jobs_of_model(store: Store, model: str) -> list[tuple[int, Any]]:
-    """Numbers and times of change of the planned jobs of a model, by its name or weights' hash."""
-    query = (
-        select(Job.id, Job.updated_at)
-        .join(Model, Model.weights_hash == Job.weights_hash)
-        .where(or_(Model.name == model, Model.weights_hash == model))
-    )
+def job_stamp(store: Store, job_id: int) -> tuple[datetime, bool]:
+    """When a job's record was changed, and whether it runs.
+
+    Raises:
+        NotFoundError: no such job.
+    """
     with store.session() as session:
-        return [(number, changed) for number, changed in session.execute(query)]
+        found = session.execute(
+            select(Job.updated_at, Job.state, Job.weights_hash).where(Job.id == job_id)
+        ).one_or_none()
+        if found is None:
+            raise NotFoundError(
+                f"no job {job_id} in the store; the jobs are listed at /api/v1/jobs"
+            )
+        if found.weights_hash is None:
+            find_job(store, job_id).model_hash  # noqa: B018  # says so
+        return found.updated_at, found.state in OPEN
+
+
+@lasting
+def jobs_of_model(store: Store, model: str | None) -> list[tuple[int, datetime, bool]]:
+    """Planned jobs of a model (by its name or weights' hash; None: of all), newest first.
+
+    Each with its number, when its record was changed, and whether it runs.
+    """
+    query = (
+        select(Job.id, Job.updated_at, Job.state)
+        .join(Model, Model.weights_hash == Job.weights_hash)
+        .order_by(Job.id.desc())
+    )
+    if model is not None:
+        query = query.where(or_(Model.name == model, Model.weights_hash == model))
+    with store.session() as session:
+        rows = session.execute(query)
+        return [(row.id, row.updated_at, row.state in OPEN) for row in rows]
 
 
 @lasting
@@ -224,3 +262,29 @@ def update_export(store: Store, /, number: int, **columns: Any) -> None:
         order = session.get_one(ExportOrder, number)
         for name, value in columns.items():
             setattr(order, name, value)
+
+
+@lasting
+def count_points(store: Store, job_ids: Sequence[int]) -> dict[int, int]:
+    """How many finalists each job has; without those that couldn't be measured."""
+    query = (
+        select(Candidate.job_id, func.count().label("points"))
+        .where(Candidate.job_id.in_(job_ids), Candidate.finalist, Candidate.failure.is_(None))
+        .group_by(Candidate.job_id)
+    )
+    with store.session() as session:
+        return {row.job_id: row.points for row in session.execute(query)}
+
+
+@lasting
+def count_rows(store: Store) -> tuple[dict[str, int], dict[str, int]]:
+    """Jobs by state, and the rows of what is measured."""
+    with store.session() as session:
+        states = select(Job.state, func.count().label("jobs")).group_by(Job.state)
+        by_state = {row.state: row.jobs for row in session.execute(states)}
+        tables = (Measurement, SensitivityShare, CellTime, MapTime, ExportOrder, Claim)
+        rows = {
+            table.__tablename__: session.scalar(select(func.count()).select_from(table)) or 0
+            for table in tables
+        }
+        return by_state, rows

@@ -55,7 +55,7 @@ class LocalLauncher(Launcher):
         """See `Launcher.start`."""
         try:
             with (self._folder / "logs" / f"{name}.log").open("ab") as log:
-                self._children[name] = subprocess.Popen(
+                self._children[name] = subprocess.Popen(  # noqa: S603  # our own command
                     [sys.executable, "-m", "bitfront", *arguments],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                     cwd=self._folder / "empty", env={**os.environ, **environment},

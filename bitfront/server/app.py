@@ -1,0 +1,86 @@
+"""The application: routes, page, errors, metrics, and the supervisor beside them."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
+from starlette.middleware.base import RequestResponseEndpoint
+
+from bitfront.server import catalogue, exports, health, jobs, problems, questions, tokens
+from bitfront.server.context import Context
+from bitfront.server.settings import MOST_BODY_BYTES, Settings
+from bitfront.server.supervising import Supervisor
+from store.database import Store
+
+PREFIX = "/api/v1"
+POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:"
+DESCRIPTION = "Hardware-aware bit-allocation search: measured Pareto fronts of precision maps."
+
+
+def create_app(settings: Settings, store: Store, supervisor: Supervisor | None = None) -> FastAPI:
+    """The whole service as an ASGI application.
+
+    Args:
+        settings: of this server.
+        store: opened; asks a database that is away once, so that requests don't queue up.
+        supervisor: runs as long as the application does.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if supervisor:
+            supervisor.start()
+        yield
+        if supervisor:
+            supervisor.stop()
+
+    app = FastAPIOffline(
+        title="Bitfront",
+        version=settings.version,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        max_body_size=MOST_BODY_BYTES,
+    )
+    app.state.context = Context(settings, store)
+    problems.install(app)
+    health.install(app)
+    app.middleware("http")(_headers)
+    api = APIRouter(prefix=PREFIX)
+    for module in (jobs, questions, exports, catalogue, tokens):
+        api.include_router(module.router)
+    api.include_router(jobs.schema_router)
+    app.include_router(api)
+    app.include_router(health.router)
+    _page(app)
+    return app
+
+
+async def _headers(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    response = await call_next(request)
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    if not request.url.path.startswith("/docs"):  # Swagger's page has a script in it
+        response.headers["Content-Security-Policy"] = POLICY
+    return response
+
+
+def _page(app: FastAPI) -> None:
+    """The page, which holds no data: it asks for a token where one is needed."""
+    folder = Path(str(files("bitfront"))) / "web"
+    plotly = Path(str(files("plotly"))) / "package_data" / "plotly.min.js"
+
+    @app.get("/", include_in_schema=False)
+    def index() -> FileResponse:
+        return FileResponse(folder / "index.html")
+
+    @app.get("/web/plotly.min.js", include_in_schema=False)
+    def script() -> FileResponse:
+        return FileResponse(plotly, headers={"Cache-Control": "max-age=86400"})
+
+    app.mount("/web", StaticFiles(directory=folder), name="web")

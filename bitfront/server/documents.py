@@ -1,0 +1,169 @@
+"""What the API says of jobs, fronts, units and exports, as JSON."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from bitfront import latency
+from bitfront.answering import Footprint, footprint
+from bitfront.fronts import Front, Point, layout_of
+from bitfront.report import method_of, row_of, rows_of
+from store.tables import Event, ExportOrder, Job
+
+LIMITS = {
+    "max_memory_bytes": "memory_bytes", "max_decode_s": "decode_s", "max_prefill_s": "prefill_s",
+}  # fmt: skip
+
+
+def when(time: datetime) -> str:
+    """A time as ISO 8601 in UTC; SQLite forgets the zone."""
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC).isoformat()
+
+
+def job_document(job: Job, model: str, *, alive: bool, points: int | None) -> dict[str, Any]:
+    """A job in a list."""
+    serving = job.config.get("serving") or {}
+    return {
+        "id": job.id,
+        "model": model,
+        "state": job.state,
+        "alive": alive,
+        "error": job.error,
+        "created_at": when(job.created_at),
+        "updated_at": when(job.updated_at),
+        "engine": serving.get("engine"),
+        "device": serving.get("device") if serving.get("engine") else None,
+        "submitted_by": job.submitted_by,
+        "points": points,
+        "progress": job.progress,
+    }
+
+
+def front_document(front: Front) -> dict[str, Any]:
+    """A front with everything that its figure shows."""
+    job = front.job
+    serving = job.config.get("serving") or {}
+    times = job.facts.get("times")
+    taken = footprint(front) if layout_of(job, front.model).cache else None
+    return {
+        "job": job.id,
+        "model": front.model.name,
+        "state": job.state,
+        "points": [point_document(front, point, taken) for point in front.points],
+        "reference_perplexity": front.reference_perplexity,
+        "noise_floor": job.facts.get("noise_floor"),
+        "dtype": job.facts.get("dtype"),
+        "findings": list(front.findings),
+        "method": method_of(front),
+        "budgets": job.facts.get("budgets", []),
+        "workload": times["workload"] if times else (job.facts.get("memory") or {}).get("workload"),
+        "engine": serving.get("engine"),
+        "device": serving.get("device") if serving.get("engine") else None,
+        "limits": {ours: serving[name] for name, ours in LIMITS.items() if serving.get(name)},
+        "weights_hash": job.weights_hash,
+    }
+
+
+def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[str, Any]:
+    """A measured map: `bitfront front --json`'s point, with its origin and costs."""
+    job, candidate = front.job, front.candidates[point.id]
+    known = (job.facts.get("times") or {}).get("maps", {}).get(point.map_hash, {})
+    predicted, joules = known.get("predicted") or {}, known.get("joules") or {}
+    return {
+        **asdict(point),
+        "origin": candidate.origin,
+        "schemes": dict(Counter(candidate.schemes).most_common()),
+        "memory_bytes": taken.memory_bytes(point.weight_bytes) if taken else None,
+        "decode_s": latency.seconds(job, point.map_hash, "decode"),
+        "prefill_s": latency.seconds(job, point.map_hash, "prefill"),
+        "predicted_decode_s": predicted.get("decode"),
+        "predicted_prefill_s": predicted.get("prefill"),
+        "decode_j": joules.get("decode"),
+        "prefill_j": joules.get("prefill"),
+    }
+
+
+def detail_document(front: Front, tables: dict[str, Any] | None) -> dict[str, Any]:
+    """Units with the bits of each scheme, what each point chose, predicted losses, and seconds."""
+    job, facts = front.job, front.job.facts
+    layout, menu = layout_of(job, front.model), facts["menu"]
+    units = [
+        {
+            "name": unit.name, "kind": unit.kind, "layer": unit.layer, "row": row_of(unit),
+            "weights": unit.numel, "open": len(names) > 1,
+        }
+        for unit, names in zip(layout.units, facts["choices"], strict=True)
+    ]  # fmt: skip
+    bits = [
+        [
+            8 * cost / unit.numel if name in names else None
+            for name, cost in zip(menu, costs, strict=True)
+        ]
+        for unit, names, costs in zip(
+            layout.units, facts["choices"], facts["bytes_table"], strict=True
+        )
+    ]
+    columns = {name: index for index, name in enumerate(menu)}
+    maps, beyond = {}, []
+    for point in front.points:
+        schemes = front.candidates[point.id].schemes
+        for name in schemes:  # a map that was given may go beyond the menu
+            if name not in columns:
+                columns[name] = len(columns)
+                beyond.append(name)
+        maps[str(point.id)] = [columns[name] for name in schemes]
+    for row in bits:
+        row.extend([None] * len(beyond))
+    return {
+        "job": job.id,
+        "units": units,
+        "rows": rows_of(layout),
+        "layers": 1 + max((unit.layer or 0) for unit in layout.units),
+        "menu": [*menu, *beyond],
+        "bits": bits,
+        "maps": maps,
+        "sensitivity": tables
+        and {
+            "estimator": tables["estimator"],
+            "unit": "nats per token",
+            "values": [[*row, *[None] * len(beyond)] for row in tables["loss"]],
+        },
+        "seconds": [
+            {"stage": stage, **took} for stage, took in facts.get("stages", {}).items()
+        ],
+    }  # fmt: skip
+
+
+def export_document(order: ExportOrder) -> dict[str, Any]:
+    """An export that somebody ordered."""
+    return {
+        "id": order.id,
+        "job": order.job_id,
+        "point": order.point,
+        "targets": order.targets,
+        "state": order.state,
+        "error": order.error,
+        "created_at": when(order.created_at),
+        "submitted_by": order.submitted_by,
+        "files": order.files,
+        "result": order.result,
+    }
+
+
+def log_lines(events: Sequence[Event]) -> str:
+    """A job's log as text."""
+    return "".join(_line(event) for event in events)
+
+
+def _line(event: Event) -> str:
+    at = when(event.at)[:19] + "Z"
+    data = event.data
+    if event.kind == "log":
+        return f"{at}  {data['level']:<5}  {data['text']}\n"
+    if event.kind == "stage":
+        took = f"{data['seconds']:.1f} s" if data["seconds"] is not None else "begins"
+        return f"{at}  stage  {data['label']} ({data['steps']} steps): {took}\n"
+    said = f": {data['error']}" if data.get("error") else ""
+    return f"{at}  state  {data.get('state')}{said}\n" if event.kind == "state" else ""

@@ -1,0 +1,185 @@
+"""Routes of jobs: submit, list, watch, cancel, resume."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from bitfront.driving import JOB
+from bitfront.server.context import MOST_ID, Context, Here, JobId
+from bitfront.server.documents import job_document, log_lines, when
+from bitfront.server.policy import job_of
+from bitfront.server.problems import responses
+from bitfront.server.schema import job_schema
+from bitfront.server.security import READ, Submitter
+from store.claims import holders
+from store.events import add_event, events_after, latest_event
+from store.queries import find_job, model_name
+from store.submissions import (
+    OPEN,
+    cancel_job,
+    count_points,
+    page_of_jobs,
+    resume_job,
+    submit_job,
+)
+from store.tables import Job
+
+router = APIRouter(
+    prefix="/jobs", tags=["jobs"], dependencies=[READ], responses=responses(401, 403, 404, 422, 503)
+)
+WATCH_S = 0.7
+QUIET_S = 15.0
+LOG_PAGE = 2000
+
+JobBody = Annotated[
+    dict[str, Any], Body(json_schema_extra={"$ref": "/api/v1/schema"}, openapi_examples={
+        "demo": {"summary": "The demo model, by default", "value": {"model": "demo"}},
+        "budgets": {
+            "summary": "Two budgets in average bits",
+            "value": {"model": "demo", "menu": "int-sym-g64", "budgets": [3.5, 4.25]},
+        },
+    }),
+]  # fmt: skip
+
+
+@router.post("", status_code=201, responses=responses(409))
+def submit(
+    context: Here,
+    who: Submitter,
+    body: JobBody,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+) -> dict[str, Any]:
+    """Submit a job: the fields of a job's YAML, of which only `model` is needed (`GET /schema`).
+
+    With an `Idempotency-Key`, a request that is repeated is the same job.
+    """
+    config, launch = job_of(body, context.settings.roots)
+    document = config.model_dump(mode="json")
+    job = submit_job(context.store, document, launch, who.name, idempotency_key)
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return _documents(context, [(job, config.model)])[0]
+
+
+@router.get("")
+def list_all(
+    context: Here,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    before: Annotated[int | None, Query(ge=1, le=MOST_ID)] = None,
+    state: Literal["queued", "running", "done", "failed", "cancelled"] | None = None,
+    model: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
+) -> dict[str, Any]:
+    """Jobs, newest first, a page at a time: `next` is the `before` of the next one."""
+    rows = page_of_jobs(context.store, limit, before, state, model)
+    following = rows[-1][0].id if len(rows) == limit else None
+    return {"jobs": _documents(context, rows), "next": following}
+
+
+@router.get("/{job}")
+def show(context: Here, job: JobId) -> dict[str, Any]:
+    """A job: its state, its progress with the time left, and its configuration."""
+    found = find_job(context.store, job)
+    return {**_document(context, found), "config": found.config}
+
+
+@router.post("/{job}/cancel", responses=responses(409))
+def cancel(context: Here, who: Submitter, job: JobId) -> dict[str, Any]:
+    """Stop a job; what was measured stays, and it can be resumed."""
+    found = cancel_job(context.store, job)
+    add_event(context.store, job, "state", state=found.state, error=None, by=who.name)
+    return _document(context, found)
+
+
+@router.post("/{job}/resume", responses=responses(409))
+def resume(context: Here, who: Submitter, job: JobId) -> dict[str, Any]:
+    """Go on with a job that failed, was cancelled, or lost the shell that it ran in."""
+    found = find_job(context.store, job)
+    job_of(_as_body(found), context.settings.roots)  # one of a shell may be more than we run
+    found = resume_job(context.store, job)
+    add_event(context.store, job, "state", state=found.state, error=None, by=who.name)
+    return _document(context, found)
+
+
+@router.get("/{job}/logs", response_class=PlainTextResponse)
+def logs(
+    context: Here,
+    job: JobId,
+    after: Annotated[int, Query(ge=0, le=MOST_ID, description="The number of an event.")] = 0,
+) -> PlainTextResponse:
+    """A job's log as text; the header `X-Next` is the `after` of what comes later."""
+    find_job(context.store, job)
+    found = events_after(context.store, job, after, ("log", "stage", "state"), LOG_PAGE)
+    following = str(found[-1].id if found else after)
+    return PlainTextResponse(log_lines(found), headers={"X-Next": following})
+
+
+@router.get("/{job}/events", response_class=EventSourceResponse)
+async def events(
+    request: Request,
+    context: Here,
+    job: JobId,
+    last_event_id: Annotated[str | None, Header(pattern=r"^[0-9]{1,9}$")] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """What happens in a job, as it happens; `Last-Event-ID` goes on where a stream broke off.
+
+    Without it the stream begins with the job's state and what follows. It ends with the job.
+    """
+    store = context.store
+    found = await run_in_threadpool(find_job, store, job)
+    after = int(last_event_id) if last_event_id else await run_in_threadpool(
+        latest_event, store, job
+    )  # fmt: skip
+    yield ServerSentEvent(event="state", data={"state": found.state, "error": found.error})
+    told: Any = None
+    quiet = 0.0
+    while not await request.is_disconnected():
+        found = await run_in_threadpool(find_job, store, job)
+        news = await run_in_threadpool(events_after, store, job, after)
+        for event in news:
+            after = event.id
+            data = {**event.data, "at": when(event.at)}
+            yield ServerSentEvent(event=event.kind, id=str(event.id), data=data)
+        if found.progress != told:
+            told = found.progress
+            yield ServerSentEvent(event="progress", data=told)
+        elif not news:
+            quiet += WATCH_S
+        if found.state not in OPEN and not news:
+            return
+        if quiet >= QUIET_S:  # or a proxy takes the stream for dead
+            quiet = 0.0
+            yield ServerSentEvent(comment="still here")
+        await asyncio.sleep(WATCH_S)
+
+
+def _document(context: Context, job: Job) -> dict[str, Any]:
+    return _documents(context, [(job, model_name(context.store, job))])[0]
+
+
+def _documents(context: Context, rows: list[tuple[Job, str]]) -> list[dict[str, Any]]:
+    keys = {job.id: f"{JOB}{job.id}" for job, _ in rows}
+    alive = holders(context.store, list(keys.values()))
+    points = count_points(context.store, list(keys))
+    return [
+        job_document(job, name, alive=keys[job.id] in alive, points=points.get(job.id, 0))
+        for job, name in rows
+    ]
+
+
+def _as_body(job: Job) -> dict[str, Any]:
+    """A job's configuration as somebody would submit it."""
+    return {name: value for name, value in job.config.items() if value is not None}
+
+
+schema_router = APIRouter(tags=["jobs"], dependencies=[READ])
+
+
+@schema_router.get("/schema", responses=responses(401, 403))
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a job's configuration, with defaults."""
+    return job_schema()

@@ -5,11 +5,12 @@ import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from bitfront import services, studies
+from bitfront import following, services, storekeeping, studies
+from bitfront.following import ServerOption
 from bitfront.options import (
     AddressOption,
     BatchOption,
@@ -25,11 +26,8 @@ from bitfront.options import (
     ThreadsOption,
     WorkersOption,
     bytes_of,
-    numbers_of,
     open_store,
     seconds_of,
-    serving_of,
-    sizes_of,
 )
 from quantization.errors import BitfrontError
 from search.errors import SearchError
@@ -42,8 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-database = typer.Typer(help="The store's schema.", no_args_is_help=True)
-app.add_typer(database, name="db")
+app.add_typer(storekeeping.database, name="db")
 app.add_typer(studies.benches, name="bench")
 app.command()(studies.audit)
 app.command()(studies.formats)
@@ -75,7 +72,8 @@ def common(
 
 
 @app.command()
-def search(
+def search(  # its options are read from the context, by `job_config`
+    command: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Hub id, folder, .gguf file, or 'demo' for SmolLM2-135M.")
     ],
@@ -161,41 +159,27 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Search precision maps for MODEL, measure them, keep the front. Run again to resume."""
-    from bitfront.config import load_config
+    from bitfront.job_options import job_config
     from bitfront.searching import dry_run as print_plan
     from bitfront.searching import run
 
-    sources = {"calibration": calibration_text, "search": search_text, "heldout": heldout_text}
-    overrides: dict[str, Any] = {
-        "menu": menu,
-        "budgets": numbers_of(bits),
-        "budgets_bytes": sizes_of(max_size),
-        "revision": revision,
-        "trust_remote_code": trust_remote_code or None,
-        "quantizer": quantizer,
-        "imatrix": imatrix,
-        "bank": bank,
-        "estimators": estimators.split(",") if estimators else None,
-        "dtype": dtype,
-        "transform": transform,
-        "refinement.measurements": refine,
-        "refinement.strategy": strategy,
-        "refinement.minutes": minutes,
-        "interactions": interactions,
-        **serving_of(engine, device, threads, batch, context, prompt),
-        "serving.generated": generated,
-        "serving.tensor_parallel": tensor_parallel,
-        "serving.max_memory_bytes": bytes_of(max_memory) if max_memory else None,
-        "serving.max_decode_s": seconds_of(max_decode_latency),
-        "serving.max_prefill_s": seconds_of(max_prefill_latency),
-        "seed": seed,
-        **{f"texts.{role}.source": source or text for role, source in sources.items()},
-    }
-    job = load_config(model, config, overrides)
+    job = job_config(command.params)
     if dry_run:
         print_plan(job, as_json)
     else:
         run(job, open_store(store), address, workers, as_json)
+
+
+app.command("submit")(following.submitting(search))
+for follow in (
+    following.status,
+    following.watch,
+    following.logs,
+    following.cancel,
+    following.resume,
+    following.solve,
+):
+    app.command()(follow)
 
 
 @app.command()
@@ -250,10 +234,14 @@ def query(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens kept for each. Default: the job's, or 4096.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="All jobs of this model, by its name, instead of JOB.")
+    ] = None,
+    server: ServerOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the best measured map of JOB under constraints."""
+    """Print the best measured map of JOB, or of all jobs of a model, under constraints."""
     from bitfront.querying import run_query
 
     limits = {
@@ -264,7 +252,8 @@ def query(
         "decode_s": seconds_of(max_decode_latency),
         "prefill_s": seconds_of(max_prefill_latency),
     }
-    run_query(open_store(store), job, limits, batch, context, as_json)
+    where = {"job": job, "model": model, "batch": batch, "context": context}
+    run_query(following.desk(server, store), limits, where, as_json)
 
 
 @app.command()
@@ -276,10 +265,14 @@ def export(
         str, typer.Option(help="One target or several: map, safetensors, gguf, packed, …")
     ] = "map",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder in use.")] = False,
+    server: ServerOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a point of JOB for a target, reload it with the target's loader, and compare."""
+    if server := following.server_of(server):
+        following.export_from(server, job, point, to, output, as_json)
+        return
     from bitfront.console import print_json
     from bitfront.exporting import export_point, show
     from bitfront.fronts import load_front
@@ -337,28 +330,13 @@ def apply(
 
 
 @app.command()
-def jobs(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """List the jobs of the store, newest first."""
+def jobs(
+    server: ServerOption = None, store: StoreOption = None, as_json: JsonOption = False
+) -> None:
+    """List the jobs, newest first."""
     from bitfront.querying import show_jobs
 
-    show_jobs(open_store(store), as_json)
-
-
-@database.command("upgrade")
-def upgrade(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Bring the store's schema up to date."""
-    from store.database import Store, default_url
-
-    opened = Store(store or default_url())
-    before = opened.version()
-    opened.upgrade()
-    after = opened.version()
-    if as_json:
-        from bitfront.console import print_json
-
-        print_json({"before": before, "after": after})
-    else:
-        typer.echo(f"schema {before or 'empty'} -> {after}")
+    show_jobs(following.desk(server, store), as_json)
 
 
 def main() -> None:

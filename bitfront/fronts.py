@@ -17,7 +17,7 @@ from quantization.units import Layout
 from search.front import non_dominated
 from search.statistics import Interval, mean_interval, paired_difference
 from store.database import Store
-from store.queries import QualityKey, candidates_of, find_model, key_of, measurements
+from store.queries import QualityKey, candidates_of, find_model, measurements, reference_hash
 from store.tables import Candidate, Job, Measurement, Model
 
 SAME_SIZE = 0.001  # less than one unit's step between neighbouring schemes
@@ -100,11 +100,6 @@ def layout_of(job: Job, model: Model) -> Layout:
     """The units that a job decided: the model's, split where its engine fuses nothing."""
     layout = Layout.from_json(model.layout)
     return layout.split() if job.facts.get("split") else layout
-
-
-def reference_hash(weights_hash: str) -> str:
-    """Stands for the unquantized model among the map hashes."""
-    return key_of("reference", weights_hash)
 
 
 def losses(

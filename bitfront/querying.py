@@ -6,97 +6,99 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from bitfront.answering import Limits, answer
-from bitfront.console import print_json, print_table
-from bitfront.fronts import Front, load_front
+from bitfront.answering import Limits
+from bitfront.console import errors, print_json, print_table
+from bitfront.service import Desk
 from bitfront.sizes import show_bytes, show_seconds
-from cost_models.memory import PHASES, Phase
+from cost_models.memory import PHASES
 from engines import target_of
 from quantization.errors import BitfrontError
-from store.database import Store
-from store.queries import find_job, list_jobs
 
 MOST_ROWS = 10**9
+MOST_JOBS = 200
+JOB_COLUMNS = (
+    "model", "state", "engine", "points", "submitted_by", "created_at", "updated_at", "error",
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from quantization.formats import Format  # torch
 
 
 def run_query(
-    store: Store,
-    job_id: int | None,
+    desk: Desk,
     limits: Limits,
-    batch: int | None,
-    context: int | None,
+    where: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Print the best point of a job under constraints; raises `NothingFitsError`.
+    """Print the best point under constraints; raises `NothingFitsError`.
 
-    Without a workload it is the job's, whose activations are known and counted.
+    Args:
+        desk: a store's or a server's.
+        limits: by name, None is none.
+        where: `job` or `model`, else the latest job; and `batch` and `context` of a workload, which
+            is by default the job's, whose activations are known and counted.
+        as_json: print the document.
     """
-    found = answer(load_front(store, find_job(store, job_id)), limits, batch, context)
+    if where["job"] is None and where["model"] is None:
+        where = {**where, "job": desk.job(None)["id"]}
+    found = desk.query(limits, **where)
     if as_json:
-        print_json(found.to_json())
+        print_json(found)
         return
-    front, point, taken = found.front, found.point, found.footprint
-    cache, activations, workload = taken.cache_bytes, taken.activation_bytes, taken.workload
-    ranks = taken.sharing.ranks
-    table = Table("what", "value", title=f"Best of job {front.job.id}: point {point.id}")
+    point, workload = found["point"], found["workload"]
+    activations, ranks = found["activation_bytes"], workload.get("tensor_parallel", 1)
+    took = {phase: found[f"{phase}_s"] for phase in PHASES if f"{phase}_s" in found}
+    table = Table("what", "value", title=f"Best of job {found['job']}: point {point['id']}")
     rows = {
-        "average bits": f"{point.average_bits:.4f}",
-        "weights": f"{show_bytes(point.weight_bytes)} ({point.weight_bytes:,} bytes)",
-        f"memory at {workload.batch} x {workload.context} tokens"
-        + (f", each of {ranks} devices" if ranks > 1 else ""): f"{show_bytes(found.memory_bytes)} "
-        f"(KV cache {show_bytes(cache)}"
+        "average bits": f"{point['average_bits']:.4f}",
+        "weights": f"{show_bytes(point['weight_bytes'])} ({point['weight_bytes']:,} bytes)",
+        f"memory at {workload['batch']} x {workload['context']} tokens"
+        + (f", each of {ranks} devices" if ranks > 1 else ""): show_bytes(found["memory_bytes"])
+        + f" (KV cache {show_bytes(found['kv_cache_bytes'])}"
         + (f", activations {show_bytes(activations)})" if activations else ")"),
-        "KL, nats per token": f"{point.kl:.5f} ({point.kl_low:.5f} to {point.kl_high:.5f})",
-        "perplexity": f"{point.perplexity:.3f} (unquantized {front.reference_perplexity or 0:.3f})",
-        **{f"{phase} latency": show_seconds(seconds) for phase, seconds in found.seconds.items()},
-        **_request(front, found.seconds),
-        "control": point.control or "no",
-        "take it": f"bitfront export {front.job.id} --point {point.id} --to {_target(front)} -o DIR",
+        "KL, nats per token": f"{point['kl']:.5f} ({point['kl_low']:.5f} to {point['kl_high']:.5f})",
+        "perplexity": f"{point['perplexity']:.3f} "
+        f"(unquantized {found['reference_perplexity'] or 0:.3f})",
+        **{f"{phase} latency": show_seconds(seconds) for phase, seconds in took.items()},
+        **_request(found),
+        "control": point["control"] or "no",
+        "take it": f"bitfront export {found['job']} --point {point['id']} "
+        f"--to {target_of(found['engine'])} -o DIR",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     print_table(table)
+    for other in found["others"]:
+        errors.print(
+            f"Measured on other text: point {other['point']['id']} of job {other['job']}, "
+            f"KL {other['point']['kl']:.5f}.",
+            highlight=False,
+        )
 
 
-def _request(front: Front, took: Mapping[Phase, float]) -> dict[str, str]:
+def _request(found: Mapping[str, Any]) -> dict[str, str]:
     """A prompt and its answer, where both were asked for."""
-    if len(took) < len(PHASES):
+    if not (whole := found["request"]):
         return {}
-    prompt, generated = (front.job.facts["times"]["workload"][k] for k in ("prompt", "generated"))
-    seconds = took["prefill"] + generated * took["decode"]
-    return {f"a request of {prompt} and {generated} tokens": show_seconds(seconds)}
+    tokens = f"{whole['prompt']} and {whole['generated']} tokens"
+    return {f"a request of {tokens}": show_seconds(whole["seconds"])}
 
 
-def _target(front: Front) -> str:
-    """What the job's engine loads."""
-    serving = front.job.config.get("serving") or {}
-    return target_of(serving.get("engine"))
-
-
-def show_jobs(store: Store, as_json: bool) -> None:
-    """Print all jobs."""
-    rows: list[dict[str, Any]] = [
-        {
-            "job": job.id,
-            "model": name,
-            "state": job.state,
-            "created_at": job.created_at.isoformat(),
-            "updated_at": job.updated_at.isoformat(),
-            "error": job.error,
-        }
-        for job, name in list_jobs(store)
+def show_jobs(desk: Desk, as_json: bool) -> None:
+    """Print the newest jobs: all of a store, a page of a server's."""
+    rows = [
+        {"job": found["id"], **{name: found[name] for name in JOB_COLUMNS}}
+        for found in desk.jobs(limit=MOST_JOBS)["jobs"]
     ]
     if as_json:
         print_json(rows)
         return
-    table = Table("job", "model", "state", "updated", "error")
+    table = Table("job", "model", "state", "engine", "points", "updated", "error")
     for row in rows:
         table.add_row(
-            str(row["job"]), row["model"], row["state"], row["updated_at"][:19], row["error"] or ""
-        )
+            str(row["job"]), row["model"], row["state"], row["engine"] or "", str(row["points"]),
+            row["updated_at"][:19], row["error"] or "",
+        )  # fmt: skip
     print_table(table)
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from html import escape
-from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,12 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from bitfront.audit_views import audit_remarks, calibration_figure, ranked
-from bitfront.fronts import GIVEN, PRESET, Front, Point, layout_of
+from bitfront.documents import front_document, method_of, row_of, rows_of
+from bitfront.figures import ACCENT, CONTROL, INK, MUTED, front_figure
+from bitfront.fronts import Front, Point, layout_of
 from bitfront.sizes import show_bytes
 from quantization.errors import ExportError
-from quantization.units import Layout, Unit
-
-INK, MUTED, ACCENT, CONTROL, RANDOM = "#1b1f24", "#6e7781", "#0b62d6", "#c2410c", "#9aa4af"
-CONTROLS = (
-    ("uniform", CONTROL, "square"), ("random", RANDOM, "x"), (PRESET, "#15803d", "diamond"),
-    (GIVEN, "#7c3aed", "star"),
-)  # fmt: skip
+from quantization.units import Layout
 
 STYLE = f"""
 body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; max-width: 1080px;
@@ -37,7 +32,7 @@ def write_report(front: Front, path: Path) -> None:
     """Write the page; raises `ExportError` if it can't be written or there is nothing to show."""
     if not front.points:
         raise ExportError(f"job {front.job.id} has no measured points yet; nothing to draw")
-    figures = [front_figure(front), heat_map(front)]
+    figures = [front_figure(front_document(front)), heat_map(front)]
     divs = [
         figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False})
         for figure in figures
@@ -63,81 +58,6 @@ figure.</p>{divs[1]}
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ExportError(f"can't write '{path}' ({error})") from error
-
-
-def front_figure(front: Front) -> go.Figure:
-    """KL over size: front with intervals, prediction, controls, noise floor."""
-    figure = go.Figure()
-    chosen = [p for p in front.points if p.on_front]
-    figure.add_trace(_trace(
-        front, chosen, "front, measured (95 % interval)", ACCENT,
-        mode="lines+markers", intervals=True,
-    ))  # fmt: skip
-    predicted = [p for p in chosen if p.predicted_kl]
-    figure.add_trace(go.Scatter(
-        x=[p.weight_bytes / 1e6 for p in predicted], y=[p.predicted_kl for p in predicted],
-        name="the same maps, predicted", mode="markers",
-        marker={"symbol": "line-ew-open", "size": 15, "color": ACCENT, "line": {"width": 2}},
-        hovertemplate="predicted KL %{y:.4f}<extra></extra>",
-    ))  # fmt: skip
-    for control, color, symbol in CONTROLS:
-        points = [p for p in front.points if p.control == control]
-        if points:
-            figure.add_trace(_trace(
-                front, points, f"{control} (control)", color, mode="markers", symbol=symbol,
-                intervals=True,
-            ))  # fmt: skip
-    floor = front.job.facts.get("noise_floor")
-    if floor:
-        figure.add_hline(y=floor, line={"dash": "dot", "color": MUTED, "width": 1})
-        figure.add_annotation(  # on a logarithmic axis annotations count in decades
-            x=0, xref="paper", xanchor="left", y=log10(floor), yanchor="bottom", showarrow=False,
-            text=f"noise of {front.job.facts['dtype']} arithmetic", font={"color": MUTED},
-        )  # fmt: skip
-    figure.update_yaxes(
-        type="log",
-        title="KL from the unquantized model, nats per token",
-        dtick=1,
-        gridcolor="#eceff2",
-    )
-    figure.update_xaxes(
-        title="model weights, MB (everything that the file holds)", gridcolor="#eceff2"
-    )
-    figure.update_layout(
-        template="plotly_white", height=520, margin={"l": 70, "r": 20, "t": 10, "b": 55},
-        legend={"x": 0.99, "xanchor": "right", "y": 0.99}, font={"color": INK, "size": 14},
-    )  # fmt: skip
-    return figure
-
-
-def _trace(
-    front: Front,
-    points: list[Point],
-    name: str,
-    color: str,
-    mode: str,
-    symbol: str = "circle",
-    intervals: bool = False,
-) -> go.Scatter:
-    error = {
-        "type": "data", "symmetric": False, "thickness": 1.2, "width": 4, "color": color,
-        "array": [p.kl_high - p.kl for p in points],
-        "arrayminus": [min(p.kl - p.kl_low, 0.999 * p.kl) for p in points],
-    }  # fmt: skip
-    return go.Scatter(
-        x=[p.weight_bytes / 1e6 for p in points],
-        y=[p.kl for p in points],
-        error_y=error if intervals else None,
-        name=name,
-        mode=mode,
-        line={"color": color, "width": 1.5},
-        marker={"symbol": symbol, "size": 9, "color": color},
-        customdata=[
-            [p.id, p.average_bits, p.perplexity, front.candidates[p.id].origin] for p in points
-        ],
-        hovertemplate="point %{customdata[0]}: %{customdata[3]}<br>%{x:.1f} MB, "
-        "%{customdata[1]:.3f} bits<br>KL %{y:.4f}, perplexity %{customdata[2]:.2f}<extra></extra>",
-    )
 
 
 def heat_map(front: Front) -> go.Figure:
@@ -176,16 +96,6 @@ def heat_map(front: Front) -> go.Figure:
     return figure
 
 
-def rows_of(layout: Layout) -> list[str]:
-    """Kinds of unit in the order of a block, such as `self_attn.o_proj`."""
-    return list(dict.fromkeys(row for unit in layout.units if (row := row_of(unit)) is not None))
-
-
-def row_of(unit: Unit) -> str | None:
-    """A unit's name without what depends on the layer; None outside of layers."""
-    return None if unit.layer is None else unit.name.partition(f".{unit.layer}.")[2]
-
-
 def _grid(
     front: Front, layout: Layout, rows: list[str], point: Point
 ) -> tuple[list[list[float | None]], list[list[str]]]:
@@ -213,28 +123,6 @@ def _facts(front: Front) -> str:
         f"{front.model.weights_hash[:12]}."
         + (f" Unquantized perplexity {reference:.2f}." if reference else "")
     )
-
-
-def method_of(front: Front) -> str:
-    """In a few sentences, how the figures of a front were made."""
-    facts, texts = front.job.facts, front.job.config["texts"]
-    held = texts["heldout"]
-    fit = facts.get("calibration", {}).get(facts.get("predicts", ""), {})
-    words = (
-        f"KL and perplexity on {held['chunks']} chunks of {held['length']} tokens of "
-        f"{held['source']}, which neither calibration nor search has seen; intervals are "
-        f"Student's t over chunks. Quantizer {facts['quantizer']}, arithmetic {facts['dtype']}."
-    )
-    if transform := facts.get("transform"):
-        words += f" Channels rescaled by {transform} before quantization, which changes no output but for rounding."
-    if fit:
-        words += (
-            f" Predictions: {facts['predicts']}, gain {fit['gain']:.3g} fitted on {fit['maps']} "
-            f"maps of the search text, residual {fit['residual']:.2g} (log)."
-        )
-    if because := facts.get("estimators_because"):
-        words += f" Estimators, {because}."
-    return words
 
 
 def _audit(front: Front) -> str:

@@ -39,7 +39,7 @@ def claim(store: Store, owner: str, keys: Sequence[str], lease_s: float = LEASE_
     """Those of the keys that are the owner's now: free, expired, or its own before."""
     taken: set[str] = set()
     with store.session() as session:
-        now = _clock(session)
+        now = clock(session)
         _bury(session, keys, now)
         insert = INSERT[session.get_bind().dialect.name]
         for start in range(0, len(keys), KEYS_A_QUERY):
@@ -59,7 +59,7 @@ def claim(store: Store, owner: str, keys: Sequence[str], lease_s: float = LEASE_
 def renew(store: Store, owner: str, lease_s: float = LEASE_S) -> None:
     """All of an owner's claims last for another lease from now on."""
     with store.session() as session:
-        later = _clock(session) + lease_s
+        later = clock(session) + lease_s
         session.execute(update(Claim).where(Claim.owner == owner).values(expires_at=later))
 
 
@@ -82,7 +82,7 @@ def let_go(store: Store, owner: str) -> None:
 def holders(store: Store, keys: Sequence[str]) -> dict[str, str]:
     """The owners of those keys that somebody alive is at."""
     with store.session() as session:
-        now = _clock(session)
+        now = clock(session)
         _bury(session, keys, now)
         found: dict[str, str] = {}
         for start in range(0, len(keys), KEYS_A_QUERY):
@@ -98,7 +98,7 @@ def holders(store: Store, keys: Sequence[str]) -> dict[str, str]:
 def held(store: Store, prefix: str) -> dict[str, str]:
     """The owners of all keys that begin so and that somebody alive is at."""
     with store.session() as session:
-        now = _clock(session)
+        now = clock(session)
         begun = Claim.key.startswith(prefix, autoescape=True)
         keys = list(session.scalars(select(Claim.key).where(begun)))
         _bury(session, keys, now)
@@ -137,7 +137,7 @@ def _bury(session: Session, keys: Sequence[str], now: float) -> None:
                 session.execute(delete(Claim).where(Claim.owner == owner))
 
 
-def _clock(session: Session) -> float:
+def clock(session: Session) -> float:
     """Seconds since 1970, by the database's clock where it has one of its own."""
     if session.get_bind().dialect.name == "sqlite":
         return time.time()

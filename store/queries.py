@@ -32,6 +32,11 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
+def reference_hash(weights_hash: str) -> str:
+    """Stands for the unquantized model among the map hashes."""
+    return key_of("reference", weights_hash)
+
+
 @dataclass(frozen=True)
 class QualityKey:
     """What a measurement of quality depends on, besides map and chunk."""

@@ -4,8 +4,8 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Path, Request
 
-from bitfront.server.fronts import Fronts
 from bitfront.server.settings import Settings
+from bitfront.service import Service
 from store.database import Store
 
 MOST_ID = 2**31 - 1
@@ -15,11 +15,11 @@ ExportId = Annotated[int, Path(ge=1, le=MOST_ID, description="An export's number
 
 
 class Context:
-    """Of an application: its settings, its store, and the fronts that it remembers."""
+    """Of an application: its settings, its store, and what is done with it."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings, self.store = settings, store
-        self.fronts = Fronts(store)
+        self.service = Service(store)
 
 
 def context_of(request: Request) -> Context:

@@ -7,8 +7,8 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitfront.documents import export_document
 from bitfront.server.context import ExportId, Here, JobId, PointId
-from bitfront.server.documents import export_document
 from bitfront.server.problems import responses
 from bitfront.server.security import READ, Submitter
 from engines import ENGINES, LOADS, TARGETS, load_target
@@ -48,8 +48,7 @@ def targets() -> dict[str, Any]:
 @router.post("/jobs/{job}/points/{point}/exports", status_code=202)
 def order(context: Here, who: Submitter, job: JobId, point: PointId, wanted: Order) -> Any:
     """Order an export: written, reloaded by the target's own loader and compared."""
-    found = context.fronts.get(job)
-    if found.point(point) is None:
+    if context.service.fronts.get(job).point(point) is None:
         raise NotFoundError(f"job {job} has no measured point {point}")
     names = [load_target(name).name for name in wanted.targets]
     return export_document(order_export(context.store, job, point, names, who.name))

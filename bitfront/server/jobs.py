@@ -9,24 +9,15 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from bitfront.driving import JOB
-from bitfront.server.context import MOST_ID, Context, Here, JobId
-from bitfront.server.documents import job_document, log_lines, when
+from bitfront.documents import event_document, log_line
+from bitfront.server.context import MOST_ID, Here, JobId
 from bitfront.server.policy import job_of
 from bitfront.server.problems import responses
 from bitfront.server.schema import job_schema
 from bitfront.server.security import READ, Submitter
-from store.claims import holders
-from store.events import add_event, events_after, latest_event
-from store.queries import find_job, model_name
-from store.submissions import (
-    OPEN,
-    cancel_job,
-    count_points,
-    page_of_jobs,
-    resume_job,
-    submit_job,
-)
+from store.events import events_after, latest_event
+from store.queries import find_job
+from store.submissions import OPEN
 from store.tables import Job
 
 router = APIRouter(
@@ -60,10 +51,9 @@ def submit(
     With an `Idempotency-Key`, a request that is repeated is the same job.
     """
     config, launch = job_of(body, context.settings.roots)
-    document = config.model_dump(mode="json")
-    job = submit_job(context.store, document, launch, who.name, idempotency_key)
-    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
-    return _documents(context, [(job, config.model)])[0]
+    found = context.service.submit(config, launch, idempotency_key, who.name)
+    response.headers["Location"] = f"/api/v1/jobs/{found['id']}"
+    return found
 
 
 @router.get("")
@@ -75,24 +65,19 @@ def list_all(
     model: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
 ) -> dict[str, Any]:
     """Jobs, newest first, a page at a time: `next` is the `before` of the next one."""
-    rows = page_of_jobs(context.store, limit, before, state, model)
-    following = rows[-1][0].id if len(rows) == limit else None
-    return {"jobs": _documents(context, rows), "next": following}
+    return context.service.jobs(limit, before, state, model)
 
 
 @router.get("/{job}")
 def show(context: Here, job: JobId) -> dict[str, Any]:
     """A job: its state, its progress with the time left, and its configuration."""
-    found = find_job(context.store, job)
-    return {**_document(context, found), "config": found.config}
+    return context.service.job(job)
 
 
 @router.post("/{job}/cancel", responses=responses(409))
 def cancel(context: Here, who: Submitter, job: JobId) -> dict[str, Any]:
     """Stop a job; what was measured stays, and it can be resumed."""
-    found = cancel_job(context.store, job)
-    add_event(context.store, job, "state", state=found.state, error=None, by=who.name)
-    return _document(context, found)
+    return context.service.cancel(job, who.name)
 
 
 @router.post("/{job}/resume", responses=responses(409))
@@ -100,9 +85,7 @@ def resume(context: Here, who: Submitter, job: JobId) -> dict[str, Any]:
     """Go on with a job that failed, was cancelled, or lost the shell that it ran in."""
     found = find_job(context.store, job)
     job_of(_as_body(found), context.settings.roots)  # one of a shell may be more than we run
-    found = resume_job(context.store, job)
-    add_event(context.store, job, "state", state=found.state, error=None, by=who.name)
-    return _document(context, found)
+    return context.service.resume(job, who.name)
 
 
 @router.get("/{job}/logs", response_class=PlainTextResponse)
@@ -115,7 +98,19 @@ def logs(
     find_job(context.store, job)
     found = events_after(context.store, job, after, ("log", "stage", "state"), LOG_PAGE)
     following = str(found[-1].id if found else after)
-    return PlainTextResponse(log_lines(found), headers={"X-Next": following})
+    text = "".join(f"{log_line(event_document(event))}\n" for event in found)
+    return PlainTextResponse(text, headers={"X-Next": following})
+
+
+@router.get("/{job}/history")
+def history(
+    context: Here,
+    job: JobId,
+    after: Annotated[int, Query(ge=0, le=MOST_ID, description="The number of an event.")] = 0,
+) -> dict[str, Any]:
+    """What happened in a job, a page at a time: `next` is the `after` of what comes later."""
+    events, following = context.service.log(job, after)
+    return {"events": events, "next": following}
 
 
 @router.get("/{job}/events", response_class=EventSourceResponse)
@@ -142,7 +137,7 @@ async def events(
         news = await run_in_threadpool(events_after, store, job, after)
         for event in news:
             after = event.id
-            data = {**event.data, "at": when(event.at)}
+            data = event_document(event)
             yield ServerSentEvent(event=event.kind, id=str(event.id), data=data)
         if found.progress != told:
             told = found.progress
@@ -155,20 +150,6 @@ async def events(
             quiet = 0.0
             yield ServerSentEvent(comment="still here")
         await asyncio.sleep(WATCH_S)
-
-
-def _document(context: Context, job: Job) -> dict[str, Any]:
-    return _documents(context, [(job, model_name(context.store, job))])[0]
-
-
-def _documents(context: Context, rows: list[tuple[Job, str]]) -> list[dict[str, Any]]:
-    keys = {job.id: f"{JOB}{job.id}" for job, _ in rows}
-    alive = holders(context.store, list(keys.values()))
-    points = count_points(context.store, list(keys))
-    return [
-        job_document(job, name, alive=keys[job.id] in alive, points=points.get(job.id, 0))
-        for job, name in rows
-    ]
 
 
 def _as_body(job: Job) -> dict[str, Any]:

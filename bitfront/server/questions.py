@@ -6,18 +6,10 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitfront.answering import Answer, NothingFitsError, answer, best_answer, compare, footprint
-from bitfront.exporting import precision_map
-from bitfront.fronts import Front, layout_of
-from bitfront.resolving import solve_again
-from bitfront.server.context import MOST_ID, Context, Here, JobId, PointId
-from bitfront.server.documents import detail_document, front_document, point_document
+from bitfront.server.context import MOST_ID, Here, JobId, PointId
 from bitfront.server.problems import responses
 from bitfront.server.security import READ
 from quantization.errors import BitfrontError
-from store.errors import NotFoundError
-from store.queries import find_job, find_tables
-from store.submissions import jobs_of_model
 
 router = APIRouter(
     tags=["fronts"], dependencies=[READ], responses=responses(401, 403, 404, 422, 503)
@@ -46,13 +38,13 @@ class Solve(BaseModel):
 @router.get("/jobs/{job}/front")
 def front(context: Here, job: JobId) -> dict[str, Any]:
     """A job's measured points with intervals, costs and controls, and what they tell."""
-    return front_document(context.fronts.get(job))
+    return context.service.front(job)
 
 
 @router.get("/jobs/{job}/detail")
 def detail(context: Here, job: JobId) -> dict[str, Any]:
     """Units, bits of every scheme, each point's map, predicted losses, and where time went."""
-    return detail_document(context.fronts.get(job), find_tables(context.store, job))
+    return context.service.detail(job)
 
 
 @router.post("/jobs/{job}/solve", responses=responses(409))
@@ -62,21 +54,16 @@ def solve(context: Here, job: JobId, wanted: Solve) -> dict[str, Any]:
     if not bits and not nbytes:
         raise BitfrontError("give a budget: average_bits or weight_bytes")
     limits = {"decode_s": wanted.decode_s, "prefill_s": wanted.prefill_s}
-    found = find_job(context.store, job)
-    return solve_again(
-        context.store, found, bits, nbytes, {k: v for k, v in limits.items() if v is not None}
-    )
+    given = {k: v for k, v in limits.items() if v is not None}
+    return context.service.solve(job, bits, nbytes, given)
 
 
 @router.get("/jobs/{job}/points/{point}/map")
 def the_map(context: Here, job: JobId, point: PointId) -> JSONResponse:
     """The precision map of a measured point, as a file."""
-    found = context.fronts.get(job)
-    if (wanted := found.point(point)) is None:
-        raise NotFoundError(f"job {job} has no measured point {point}")
     name = f"precision_map-{job}-{point}.json"
     return JSONResponse(
-        precision_map(found, wanted).model_dump(mode="json"),
+        context.service.precision_map(job, point),
         headers={"Content-Disposition": f'attachment; filename="{name}"'},
     )
 
@@ -107,75 +94,18 @@ def query(
         "weight_bytes": weight_bytes, "memory_bytes": memory_bytes, "average_bits": average_bits,
         "kl": kl, "decode_s": decode_s, "prefill_s": prefill_s,
     }  # fmt: skip
-    answers, reasons = [], []
-    fronts = _fronts(context, model, job, engine, device)
-    for found in fronts:
-        try:
-            answers.append(answer(found, limits, batch, length))
-        except NothingFitsError as error:
-            reasons.append((found.job.id, str(error)))
-    if not answers:
-        raise NothingFitsError(_why_not(model, reasons))
-    best, others = best_answer(answers, by_size=kl is not None)
-    return {
-        **_answer(best),
-        "considered": sum(len(found.points) for found in fronts),
-        "jobs": len(fronts),
-        "others": [_answer(other) for other in others],
-    }
+    return context.service.query(limits, job, model, engine, device, batch, length)
 
 
 @router.get("/compare")
 def compare_two(context: Here, a: Place, b: Place) -> dict[str, Any]:
     """Two measured points in pairs, chunk by chunk, and the units that differ."""
-    (first, one), (second, two) = (_place(context, place) for place in (a, b))
-    found = compare(context.store, (first, one), (second, two))
-    for name, chosen, number in (("a", first, one), ("b", second, two)):
-        point = chosen.point(number)
-        assert point is not None
-        found[name] |= point_document(chosen, point, _taken(chosen))
-    return found
+    return context.service.compare(_place(a), _place(b))
 
 
-def _fronts(
-    context: Context, model: str | None, job: int | None, engine: str | None, device: str | None
-) -> list[Front]:
-    if job is not None:
-        return [context.fronts.get(job)]
-    found = [
-        context.fronts.at(number, changed, is_running=running)
-        for number, changed, running in jobs_of_model(context.store, model)
-    ]
-    return [
-        front
-        for front in found
-        if front.points
-        and engine in (None, (front.job.config.get("serving") or {}).get("engine"))
-        and device in (None, (front.job.config.get("serving") or {}).get("device"))
-    ]
-
-
-def _why_not(model: str | None, reasons: list[tuple[int, str]]) -> str:
-    if not reasons:
-        return (
-            f"nothing was measured of {model or 'any model'} yet; GET /api/v1/models lists what was"
-        )
-    told = "; ".join(f"job {number}: {why}" for number, why in reasons[:3])
-    return told + (f"; and {len(reasons) - 3} jobs more" if len(reasons) > 3 else "")
-
-
-def _answer(found: Answer) -> dict[str, Any]:
-    point = point_document(found.front, found.point, found.footprint)
-    return {**found.to_json(), "point": point}
-
-
-def _taken(front: Front) -> Any:
-    return footprint(front) if layout_of(front.job, front.model).cache else None
-
-
-def _place(context: Context, place: str) -> tuple[Front, int]:
-    job, _, point = place.partition(":")
-    return context.fronts.get(int(job)), int(point)
+def _place(text: str) -> tuple[int, int]:
+    job, _, point = text.partition(":")
+    return int(job), int(point)
 
 
 def _listed(given: Any) -> list[Any]:

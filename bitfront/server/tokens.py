@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitfront.documents import when
 from bitfront.server.context import Here
-from bitfront.server.documents import when
 from bitfront.server.problems import responses
 from bitfront.server.security import ADMIN
 from store.tokens import create_token, list_tokens, revoke_token

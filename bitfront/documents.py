@@ -1,7 +1,7 @@
 """What the API says of jobs, fronts, units and exports, as JSON."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from bitfront import latency
 from bitfront.answering import Footprint, footprint
 from bitfront.fronts import Front, Point, layout_of
-from bitfront.report import method_of, row_of, rows_of
+from quantization.units import Layout, Unit
 from store.tables import Event, ExportOrder, Job
 
 LIMITS = {
@@ -152,18 +152,51 @@ def export_document(order: ExportOrder) -> dict[str, Any]:
     }
 
 
-def log_lines(events: Sequence[Event]) -> str:
-    """A job's log as text."""
-    return "".join(_line(event) for event in events)
+def event_document(event: Event) -> dict[str, Any]:
+    """Something that happened in a job."""
+    return {"id": event.id, "event": event.kind, "at": when(event.at), **event.data}
 
 
-def _line(event: Event) -> str:
-    at = when(event.at)[:19] + "Z"
-    data = event.data
-    if event.kind == "log":
-        return f"{at}  {data['level']:<5}  {data['text']}\n"
-    if event.kind == "stage":
-        took = f"{data['seconds']:.1f} s" if data["seconds"] is not None else "begins"
-        return f"{at}  stage  {data['label']} ({data['steps']} steps): {took}\n"
-    said = f": {data['error']}" if data.get("error") else ""
-    return f"{at}  state  {data.get('state')}{said}\n" if event.kind == "state" else ""
+def log_line(event: Mapping[str, Any]) -> str:
+    """An event as a line of the job's log."""
+    at = event["at"][:19] + "Z"
+    if event["event"] == "log":
+        return f"{at}  {event['level']:<5}  {event['text']}"
+    if event["event"] == "stage":
+        took = f"{event['seconds']:.1f} s" if event["seconds"] is not None else "begins"
+        return f"{at}  stage  {event['label']} ({event['steps']} steps): {took}"
+    who = f" (by {event['by']})" if event.get("by") else ""
+    said = f": {event['error']}" if event.get("error") else ""
+    return f"{at}  state  {event.get('state')}{who}{said}"
+
+
+def rows_of(layout: Layout) -> list[str]:
+    """Kinds of unit in the order of a block, such as `self_attn.o_proj`."""
+    return list(dict.fromkeys(row for unit in layout.units if (row := row_of(unit)) is not None))
+
+
+def row_of(unit: Unit) -> str | None:
+    """A unit's name without what depends on the layer; None outside of layers."""
+    return None if unit.layer is None else unit.name.partition(f".{unit.layer}.")[2]
+
+
+def method_of(front: Front) -> str:
+    """In a few sentences, how the figures of a front were made."""
+    facts, texts = front.job.facts, front.job.config["texts"]
+    held = texts["heldout"]
+    fit = facts.get("calibration", {}).get(facts.get("predicts", ""), {})
+    words = (
+        f"KL and perplexity on {held['chunks']} chunks of {held['length']} tokens of "
+        f"{held['source']}, which neither calibration nor search has seen; intervals are "
+        f"Student's t over chunks. Quantizer {facts['quantizer']}, arithmetic {facts['dtype']}."
+    )
+    if transform := facts.get("transform"):
+        words += f" Channels rescaled by {transform} before quantization, which changes no output but for rounding."
+    if fit:
+        words += (
+            f" Predictions: {facts['predicts']}, gain {fit['gain']:.3g} fitted on {fit['maps']} "
+            f"maps of the search text, residual {fit['residual']:.2g} (log)."
+        )
+    if because := facts.get("estimators_because"):
+        words += f" Estimators, {because}."
+    return words

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from bitfront.fronts import reference_hash
 from bitfront.plan import Plan
 from bitfront.progress import Progress
 from store.database import Store
-from store.queries import QualityKey
+from store.queries import QualityKey, reference_hash
 from store.tables import Job
 from workers.pool import Pool
 

@@ -5,6 +5,7 @@ to migrate, so that queries answer at once.
 """
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import platformdirs
-from sqlalchemy import Engine, String, column, create_engine, event, make_url, select, table
+from sqlalchemy import (
+    Connection,
+    Engine,
+    String,
+    column,
+    create_engine,
+    event,
+    make_url,
+    select,
+    table,
+)
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -24,7 +35,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session, sessionmaker
 
-from store.errors import StoreAwayError, StoreError
+from store.errors import StoreAwayError, StoreError, StoreLockedError
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -33,9 +44,11 @@ HEAD = "0004"
 """The newest revision in `migrations/versions`; a test compares it with Alembic's own answer."""
 VERSION_TABLE = "bitfront_alembic_version"
 LOCK_PATIENCE_S = 30.0
-BETWEEN_TRIES_S = (0.2, 5.0)
+BETWEEN_TRIES_S = (0.05, 5.0)
 """The first pause before a database that is away is tried again, and the longest."""
 MOST_COLLISIONS = 3
+BEGIN = "bitfront_begin"
+"""The execution option that says how a transaction of SQLite begins."""
 MIGRATING = 0x62697466
 """The advisory lock of PostgreSQL that migrations hold."""
 
@@ -65,15 +78,24 @@ class Store:
         lock_patience_s: float = LOCK_PATIENCE_S,
         away_patience_s: float = 0.0,
     ) -> None:
-        self.url, self.away_patience_s = url, away_patience_s
+        self.url = url
+        self.lock_patience_s, self.away_patience_s = lock_patience_s, away_patience_s
         with self._explained():
             self.engine = _engine(url, lock_patience_s)
-        self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        writing = self.engine.execution_options(**{BEGIN: "BEGIN IMMEDIATE"})
+        self._writers = sessionmaker(writing, expire_on_commit=False)
+        self._readers = sessionmaker(self.engine, expire_on_commit=False)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
         """A transaction: committed at the end, rolled back on an error."""
-        with self._explained(), self._sessions.begin() as session:
+        with self._explained(), self._writers.begin() as session:
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that only reads: SQLite keeps no writer waiting for it."""
+        with self._explained(), self._readers.begin() as session:
             yield session
 
     def version(self) -> str | None:
@@ -131,9 +153,9 @@ class Store:
         with self._explained(), self.engine.connect() as connection:
             if connection.dialect.name == "sqlite":
                 # a table that others refer to is made anew to change a column
-                connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-                connection.rollback()
-                connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver would commit each DDL
+                driver: Any = connection.connection.driver_connection
+                driver.execute("PRAGMA foreign_keys=OFF")
+                connection.execution_options(**{BEGIN: "BEGIN IMMEDIATE"})
             else:
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATING})")
             config = alembic_config()
@@ -158,7 +180,10 @@ class Store:
         if "readonly" in said or "read-only" in said or isinstance(error, PermissionError):
             advice = "it is read-only: make it writable, or name another with --store"
         elif "locked" in said:
-            advice = "another program holds it: wait for it or stop it, then run this again"
+            return StoreLockedError(
+                f"can't use the store {self._shown()} ({said}); another program holds it: wait for it "
+                "or stop it, then run this again"
+            )
         elif "disk is full" in said or "disk I/O" in said or "No space" in said:
             advice = "the disk is full: free some space, then run this again; nothing is lost"
         elif "unable to open" in said:
@@ -198,19 +223,21 @@ def lasting(
 
     @wraps(query)
     def asked(store: Store, /, *args: Given.args, **kwargs: Given.kwargs) -> Found:
-        end, pause = time.monotonic() + store.away_patience_s, BETWEEN_TRIES_S[0]
-        collisions = 0
+        start, pause, collisions = time.monotonic(), BETWEEN_TRIES_S[0], 0
         while True:
             try:
                 return query(store, *args, **kwargs)
             except StoreAwayError:
-                if time.monotonic() + pause > end:
+                if time.monotonic() + pause > start + store.away_patience_s:
+                    raise
+            except StoreLockedError:
+                if time.monotonic() + pause > start + store.lock_patience_s:
                     raise
             except StoreError as error:
                 collisions += 1
                 if not isinstance(error.__cause__, IntegrityError) or collisions > MOST_COLLISIONS:
                     raise
-            time.sleep(pause)
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  # so that two don't meet again
             pause = min(2 * pause, BETWEEN_TRIES_S[1])
 
     return asked
@@ -236,8 +263,14 @@ def _engine(url: str, lock_patience_s: float) -> Engine:
         parsed = parsed.set(database=str(path))
     engine = create_engine(parsed, connect_args={"timeout": lock_patience_s})
 
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # a writer takes its turn before it reads: what it read would be old when it writes
+        connection.exec_driver_sql(connection.get_execution_options().get(BEGIN, "BEGIN"))
+
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # or the driver begins when it likes
         cursor = connection.cursor()
         try:
             # readers never wait for the writer, and a commit survives a kill of the process

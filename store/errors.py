@@ -13,5 +13,9 @@ class StoreAwayError(StoreError):
     """The database server can't be reached just now."""
 
 
+class StoreLockedError(StoreError):
+    """Another program writes to the same SQLite file."""
+
+
 class ConflictError(StoreError):
     """What is asked doesn't fit the state that something is in."""

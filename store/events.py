@@ -32,7 +32,7 @@ def events_after(
     limit: int = 500,
 ) -> list[Event]:
     """A job's events with a greater number, in their order."""
-    with store.session() as session:
+    with store.reading() as session:
         query = select(Event).where(Event.job_id == job_id, Event.id > after)
         if kinds:
             query = query.where(Event.kind.in_(kinds))
@@ -42,7 +42,7 @@ def events_after(
 @lasting
 def latest_event(store: Store, job_id: int) -> int:
     """The number of a job's newest event; 0 without one."""
-    with store.session() as session:
+    with store.reading() as session:
         return session.scalar(select(func.max(Event.id)).where(Event.job_id == job_id)) or 0
 
 

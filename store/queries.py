@@ -130,7 +130,7 @@ def find_job(store: Store, job_id: int | None) -> Job:
     Raises:
         NotFoundError: no such job, or none at all.
     """
-    with store.session() as session:
+    with store.reading() as session:
         if job_id is None:
             job = session.scalar(select(Job).order_by(Job.updated_at.desc(), Job.id.desc()))
             if job is None:
@@ -150,7 +150,7 @@ def find_job(store: Store, job_id: int | None) -> Job:
 @lasting
 def audited_job(store: Store, weights_hash: str, quantizer: str, menu: Sequence[str]) -> Job | None:
     """The job with the latest audit of this model under this quantizer and menu."""
-    with store.session() as session:
+    with store.reading() as session:
         jobs = session.scalars(select(Job).where(Job.weights_hash == weights_hash))
         fitting = [
             job
@@ -165,7 +165,7 @@ def audited_job(store: Store, weights_hash: str, quantizer: str, menu: Sequence[
 @lasting
 def list_jobs(store: Store) -> list[tuple[Job, str]]:
     """All jobs with their model's name, newest first."""
-    with store.session() as session:
+    with store.reading() as session:
         rows = session.execute(
             select(Job, Model.name)
             .join(Model, isouter=True)
@@ -177,7 +177,7 @@ def list_jobs(store: Store) -> list[tuple[Job, str]]:
 @lasting
 def find_model(store: Store, weights_hash: str) -> Model:
     """The model of a job."""
-    with store.session() as session:
+    with store.reading() as session:
         return session.get_one(Model, weights_hash)
 
 
@@ -197,7 +197,7 @@ def list_models(store: Store) -> list[tuple[str, str, int]]:
         .group_by(Model.name, Model.weights_hash)
         .order_by(Model.name)
     )
-    with store.session() as session:
+    with store.reading() as session:
         return [(name, weights_hash, jobs) for name, weights_hash, jobs in session.execute(query)]
 
 
@@ -212,7 +212,7 @@ def save_candidates(store: Store, candidates: Sequence[Candidate]) -> None:
 @lasting
 def candidates_of(store: Store, job_id: int) -> list[Candidate]:
     """A job's candidates in the order in which they were proposed."""
-    with store.session() as session:
+    with store.reading() as session:
         query = select(Candidate).where(Candidate.job_id == job_id).order_by(Candidate.point)
         return list(session.scalars(query))
 
@@ -238,7 +238,7 @@ def measurements(store: Store, keys: Sequence[str]) -> dict[str, Measurement]:
 def rows_of(store: Store, table: type[Keyed], keys: Sequence[str]) -> dict[str, Keyed]:
     """The rows of a table that have one of the keys, by key."""
     found: dict[str, Keyed] = {}
-    with store.session() as session:
+    with store.reading() as session:
         for start in range(0, len(keys), KEYS_A_QUERY):
             part = keys[start : start + KEYS_A_QUERY]
             for row in session.scalars(select(table).where(table.key.in_(part))):
@@ -250,7 +250,7 @@ def rows_of(store: Store, table: type[Keyed], keys: Sequence[str]) -> dict[str, 
 def known_keys(store: Store, table: Any, keys: Sequence[str]) -> set[str]:
     """Those of the keys that a table has."""
     found: set[str] = set()
-    with store.session() as session:
+    with store.reading() as session:
         for start in range(0, len(keys), KEYS_A_QUERY):
             part = keys[start : start + KEYS_A_QUERY]
             found.update(session.scalars(select(table.key).where(table.key.in_(part))))
@@ -260,7 +260,7 @@ def known_keys(store: Store, table: Any, keys: Sequence[str]) -> set[str]:
 @lasting
 def find_share(store: Store, key: str) -> SensitivityShare | None:
     """A task's part of a sensitivity table, if it was computed before."""
-    with store.session() as session:
+    with store.reading() as session:
         return session.get(SensitivityShare, key)
 
 
@@ -281,6 +281,6 @@ def save_tables(store: Store, job_id: int, tables: dict[str, Any]) -> None:
 @lasting
 def find_tables(store: Store, job_id: int) -> dict[str, Any] | None:
     """What a job's problem can be solved with again."""
-    with store.session() as session:
+    with store.reading() as session:
         found = session.get(SolverTables, job_id)
         return found.tables if found else None

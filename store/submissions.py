@@ -140,7 +140,7 @@ def attempt(store: Store, kind: type[Job] | type[ExportOrder], number: int, most
 @lasting
 def open_jobs(store: Store) -> list[int]:
     """Submitted jobs that should be running, oldest first."""
-    with store.session() as session:
+    with store.reading() as session:
         query = select(Job.id).where(Job.state.in_(OPEN), Job.launch.is_not(None))
         return list(session.scalars(query.order_by(Job.id)))
 
@@ -168,7 +168,7 @@ def page_of_jobs(
         query = query.where(Job.state == state)
     if model is not None:
         query = query.where(name.icontains(model, autoescape=True))
-    with store.session() as session:
+    with store.reading() as session:
         return [(job, found) for job, found in session.execute(query)]
 
 
@@ -179,7 +179,7 @@ def job_stamp(store: Store, job_id: int) -> tuple[datetime, bool]:
     Raises:
         NotFoundError: no such job.
     """
-    with store.session() as session:
+    with store.reading() as session:
         found = session.execute(
             select(Job.updated_at, Job.state, Job.weights_hash).where(Job.id == job_id)
         ).one_or_none()
@@ -205,7 +205,7 @@ def jobs_of_model(store: Store, model: str | None) -> list[tuple[int, datetime, 
     )
     if model is not None:
         query = query.where(or_(Model.name == model, Model.weights_hash == model))
-    with store.session() as session:
+    with store.reading() as session:
         rows = session.execute(query)
         return [(row.id, row.updated_at, row.state in OPEN) for row in rows]
 
@@ -232,7 +232,7 @@ def find_export(store: Store, number: int) -> ExportOrder:
     Raises:
         NotFoundError: no such export.
     """
-    with store.session() as session:
+    with store.reading() as session:
         found = session.get(ExportOrder, number)
         if found is None:
             raise NotFoundError(f"no export {number} in the store")
@@ -242,7 +242,7 @@ def find_export(store: Store, number: int) -> ExportOrder:
 @lasting
 def exports_of(store: Store, job_id: int) -> list[ExportOrder]:
     """A job's exports, newest first."""
-    with store.session() as session:
+    with store.reading() as session:
         query = select(ExportOrder).where(ExportOrder.job_id == job_id)
         return list(session.scalars(query.order_by(ExportOrder.id.desc())))
 
@@ -250,7 +250,7 @@ def exports_of(store: Store, job_id: int) -> list[ExportOrder]:
 @lasting
 def open_exports(store: Store) -> list[int]:
     """Exports that should be made, oldest first."""
-    with store.session() as session:
+    with store.reading() as session:
         query = select(ExportOrder.id).where(ExportOrder.state.in_(OPEN))
         return list(session.scalars(query.order_by(ExportOrder.id)))
 
@@ -272,14 +272,14 @@ def count_points(store: Store, job_ids: Sequence[int]) -> dict[int, int]:
         .where(Candidate.job_id.in_(job_ids), Candidate.finalist, Candidate.failure.is_(None))
         .group_by(Candidate.job_id)
     )
-    with store.session() as session:
+    with store.reading() as session:
         return {row.job_id: row.points for row in session.execute(query)}
 
 
 @lasting
 def count_rows(store: Store) -> tuple[dict[str, int], dict[str, int]]:
     """Jobs by state, and the rows of what is measured."""
-    with store.session() as session:
+    with store.reading() as session:
         states = select(Job.state, func.count().label("jobs")).group_by(Job.state)
         by_state = {row.state: row.jobs for row in session.execute(states)}
         tables = (Measurement, SensitivityShare, CellTime, MapTime, ExportOrder, Claim)

@@ -41,14 +41,14 @@ def revoke_token(store: Store, name: str) -> None:
 @lasting
 def list_tokens(store: Store) -> list[Token]:
     """All tokens, oldest first; revoked ones too."""
-    with store.session() as session:
+    with store.reading() as session:
         return list(session.scalars(select(Token).order_by(Token.created_at, Token.name)))
 
 
 @lasting
 def find_token(store: Store, word: str) -> Token | None:
     """The token that a word is, if it is good. Looked up by hash: time tells nothing of others."""
-    with store.session() as session:
+    with store.reading() as session:
         query = select(Token).where(Token.hash == _hash(word), Token.revoked_at.is_(None))
         return session.scalar(query)
 

@@ -14,7 +14,7 @@ from bitfront.config import ConfigError
 from bitfront.resolving import NoTablesError
 from quantization.errors import BitfrontError, WorkerError
 from search.errors import SearchError
-from store.errors import ConflictError, NotFoundError, StoreAwayError, StoreError
+from store.errors import ConflictError, NotFoundError, StoreAwayError, StoreError, StoreLockedError
 
 RETRY_AFTER_S = 2
 MEDIA_TYPE = "application/problem+json"
@@ -22,6 +22,7 @@ KINDS: tuple[tuple[type[Exception], int, str], ...] = (
     (StoreAwayError, 503, "The database is away"),
     (NotFoundError, 404, "Not found"),
     (ConflictError, 409, "Not in this state"),
+    (StoreLockedError, 503, "The database is busy"),
     (StoreError, 500, "The database refuses"),
     (NothingFitsError, 404, "Nothing fits"),
     (NoTablesError, 409, "Nothing to solve with"),

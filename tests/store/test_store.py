@@ -1,6 +1,7 @@
 """The store: migrations, refusals in one line, measurements that are never repeated."""
 
 import sqlite3
+import threading
 
 import pytest
 import sqlalchemy
@@ -190,3 +191,21 @@ def test_passwords_are_not_shown():
     with pytest.raises(StoreError) as caught:
         Store("oracle9://me:secret@host/db").open()
     assert "secret" not in str(caught.value)
+
+
+@only_sqlite
+def test_writers_at_the_same_time_wait_for_each_other(store, url):
+    """Each reads before it writes, which SQLite refuses at once when another wrote between."""
+    job = open_job(store, "key", MODEL, {})
+
+    def write(number):
+        own = Store(url).open()
+        for step in range(15):
+            update_job(own, job.id, facts={f"{number}-{step}": True})
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(find_job(store, job.id).facts) == 6 * 15

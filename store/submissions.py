@@ -119,21 +119,23 @@ def start_job(store: Store, job_id: int) -> Job | None:
 
 
 @lasting
-def attempt(store: Store, kind: type[Job] | type[ExportOrder], number: int, most: int) -> bool:
-    """Count a driver that is about to be started.
+def attempt(
+    store: Store, kind: type[Job] | type[ExportOrder], number: int, most: int, by: int = 1
+) -> bool:
+    """Count a driver that is about to be started; or take that back, with -1.
 
     False where too many got nowhere, which fails what they should have done.
     """
     with store.session() as session:
         found: Any = session.get_one(kind, number, with_for_update=True)
-        if found.attempts >= most:
+        if by > 0 and found.attempts >= most:
             found.state = FAILED
             found.error = (
                 f"its driver died {most} times before it got anywhere; see the log, "
                 "mend it, then resume"
             )
             return False
-        found.attempts += 1
+        found.attempts += by
         return True
 
 

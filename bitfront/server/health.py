@@ -15,6 +15,7 @@ from store.claims import held
 from store.submissions import STATES, count_rows
 
 router = APIRouter(tags=["health"])
+PREFIX = "/api/v1"
 COUNTED_EVERY_S = 10.0
 BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
@@ -71,11 +72,20 @@ class Clock:
         try:
             await self._app(scope, receive, sent)
         finally:
-            route = getattr(scope.get("route"), "path", None) or "other"
+            route = _route(scope)
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.requests.labels(method, route, status).inc()
             if not route.endswith("/events"):
                 self._metrics.seconds.labels(method, route).observe(time.perf_counter() - start)
+
+
+def _route(scope: Scope) -> str:
+    """A request's route as it was declared; addresses would be labels without end."""
+    declared = getattr(scope.get("route"), "path", None)
+    if declared is None:
+        return "other"
+    within = scope["path"].startswith(PREFIX) and not declared.startswith(PREFIX)
+    return f"{PREFIX}{declared}" if within else str(declared)
 
 
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 import platformdirs
@@ -31,6 +32,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     arguments = ["--data", str(settings.data)]
     cache = os.environ.get("BITFRONT_CACHE")
     environment = {"BITFRONT_CACHE": cache} if cache else {}
+    signal.signal(signal.SIGTERM, _end)  # uvicorn raises it once more, when it has shut down
     supervisor = Supervisor(store, launcher, settings.most_running, arguments, environment)
     app = create_app(settings, store, supervisor)
     try:
@@ -38,6 +40,10 @@ def serve(settings: Settings, host: str, port: int) -> None:
     finally:
         if isinstance(launcher, LocalLauncher):
             launcher.stop()
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def make_launcher(settings: Settings) -> Launcher:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import suppress
 
 from bitfront.driving import EXPORT, JOB
 from quantization.errors import WorkerError
@@ -22,6 +22,8 @@ from workers.launching import STORE, Launcher
 LOOK_S = 1.0
 LAUNCH_S = 90.0
 """How long a driver may take to begin, before it is given up."""
+AGAIN_S = 10.0
+"""And after which a cluster that is away is asked again."""
 MOST_ATTEMPTS = 3
 KINDS: dict[str, tuple[type[Job] | type[ExportOrder], str]] = {
     JOB: (Job, "drive"),
@@ -111,7 +113,9 @@ class Supervisor:
             )
         except WorkerError as error:
             logger.warning("%s: %s", key, error)
-            return False  # tried again when the launch runs out
+            attempt(self._store, kind, int(number), MOST_ATTEMPTS, -1)  # nobody has died of it
+            claim(self._store, self._owner, [launch], AGAIN_S)
+            return False
         self._launched[key] = time.monotonic()
         return True
 
@@ -123,11 +127,8 @@ class Supervisor:
                 logger.warning("%s", error)
             except Exception:  # a supervisor that dies silently would be worse
                 logger.exception("the supervisor failed, and goes on")
-        with_store: Any = self._store
-        try:
-            let_go(with_store, self._owner)
-        except StoreError:
-            logger.info("launches run out by themselves")
+        with suppress(StoreError):  # launches run out by themselves
+            let_go(self._store, self._owner)
 
 
 def _name(key: str) -> str:

@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 
+import optuna
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
@@ -209,3 +210,26 @@ def test_writers_at_the_same_time_wait_for_each_other(store, url):
     for thread in threads:
         thread.join()
     assert len(find_job(store, job.id).facts) == 6 * 15
+
+
+def test_migrations_run_down_and_up_again(store):
+    """Down to every older revision and back: what both schemas have a place for is kept."""
+    job = open_job(store, "key", MODEL, {"a": 1})
+    save_measurement(store, measurement())
+    for revision in ("0003", "0002", "0001"):
+        store.downgrade(revision)
+        assert store.version() == revision
+        store.upgrade()
+        assert store.version() == HEAD
+        assert find_job(store, job.id).config == {"a": 1}
+        assert measurements(store, ["k"])["k"].kl_sum == 1.0
+    with pytest.raises(StoreError, match="no revision 'x'; there are 0001, 0002"):
+        store.downgrade("x")
+
+
+def test_studies_of_optuna_live_in_the_same_database(store, url):
+    study = optuna.create_study(storage=url, study_name="job 1", directions=["minimize"] * 2)
+    study.optimize(lambda trial: (trial.suggest_float("x", 0, 1), 1.0), n_trials=2)
+    store.downgrade("0003")
+    store.upgrade()
+    assert len(optuna.load_study(study_name="job 1", storage=url).trials) == 2

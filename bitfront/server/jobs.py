@@ -13,7 +13,7 @@ from bitfront.documents import event_document, log_line
 from bitfront.server.context import MOST_ID, Here, JobId
 from bitfront.server.policy import job_of
 from bitfront.server.problems import responses
-from bitfront.server.schema import job_schema
+from bitfront.server.schema import COMPONENTS, JOB, job_schema
 from bitfront.server.security import READ, Submitter
 from store.events import events_after, latest_event
 from store.queries import find_job
@@ -28,7 +28,7 @@ QUIET_S = 15.0
 LOG_PAGE = 2000
 
 JobBody = Annotated[
-    dict[str, Any], Body(json_schema_extra={"$ref": "/api/v1/schema"}, openapi_examples={
+    dict[str, Any], Body(json_schema_extra={"$ref": f"{COMPONENTS}{JOB}"}, openapi_examples={
         "demo": {"summary": "The demo model, by default", "value": {"model": "demo"}},
         "budgets": {
             "summary": "Two budgets in average bits",

@@ -12,13 +12,19 @@ import numpy as np
 from sqlalchemy import insert
 
 from bitfront.config import config_of
-from bitfront.fronts import reference_hash
 from quantization.precision_map import map_hash
 from quantization.schemes import Scheme
 from quantization.units import CacheLayer, Layout, Site, Unit, unit_name
 from store.database import Store
 from store.events import add_event, log
-from store.queries import QualityKey, key_of, known_keys, save_model, save_tables
+from store.queries import (
+    QualityKey,
+    key_of,
+    known_keys,
+    reference_hash,
+    save_model,
+    save_tables,
+)
 from store.submissions import DONE
 from store.tables import Candidate, Job, Measurement, Model
 

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.base import RequestResponseEndpoint
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from bitfront.server import catalogue, exports, health, jobs, problems, questions, tokens
 from bitfront.server.context import Context
@@ -48,9 +49,10 @@ def create_app(settings: Settings, store: Store, supervisor: Supervisor | None =
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
-        max_body_size=MOST_BODY_BYTES,
     )
     app.state.context = Context(settings, store)
+    # inside of what words its errors, which FastAPI's own limit isn't
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MOST_BODY_BYTES)
     problems.install(app)
     health.install(app)
     app.middleware("http")(_headers)

@@ -1,6 +1,7 @@
 """Job configuration: a YAML preset, a user's file over it, command-line flags over both."""
 
 import re
+import reprlib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantization.errors import BitfrontError
-from quantization.registry import Registry
+from quantization.registry import LONGEST, Registry, shown
 
 DEMO = "demo"
 AUTO = "auto"
@@ -18,6 +19,19 @@ AUTO = "auto"
 UNPROVEN = ("fisher", "fisher-quantized")
 """What scores where no audit of the model has been: see benchmarks/results."""
 
+
+MOST_PROBLEMS = 8
+"""That an error names; the rest are counted."""
+MOST = 2**31 - 1
+MOST_BYTES = 2**62
+MOST_SECONDS = 1e6
+MOST_SEED = 2**32 - 1
+"""Of NumPy's older generators, which Optuna's samplers use."""
+
+Bits = Annotated[float, Field(gt=0, le=64)]
+Bytes = Annotated[int, Field(gt=0, le=MOST_BYTES)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
 
 ENGINE_MENUS = {
     "llama.cpp": "gguf",
@@ -58,7 +72,7 @@ class Menu(_Closed):
     schemes: tuple[str, ...] = Field(min_length=1)
     pinned: dict[str, str] = Field(default_factory=dict)
     forbidden: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    most_formats: int | None = Field(default=None, ge=1)
+    most_formats: Count | None = None
     left_alone: float = Field(default=0.0, ge=0, le=1)
 
     @property
@@ -71,14 +85,14 @@ class TextConfig(_Closed):
     """A text: `python-docs`, a file, or `datasets:ID:CONFIG:SPLIT:COLUMN`; chunks x length."""
 
     source: str
-    chunks: int = Field(ge=1)
-    length: int = Field(ge=2)
+    chunks: Count
+    length: int = Field(ge=2, le=MOST)
 
 
 class HeldoutConfig(TextConfig):
     """Held-out text: at least two chunks, whose spread gives the confidence interval."""
 
-    chunks: int = Field(ge=2)
+    chunks: int = Field(ge=2, le=MOST)
 
 
 class Texts(_Closed):
@@ -100,8 +114,8 @@ class RefinementConfig(_Closed):
     """
 
     strategy: str = "refine"
-    measurements: int = Field(default=0, ge=0)
-    minutes: float | None = Field(default=None, gt=0)
+    measurements: int = Field(default=0, ge=0, le=MOST)
+    minutes: float | None = Field(default=None, gt=0, le=MOST_SECONDS)
 
 
 SINCE = ("generated", "tensor_parallel")
@@ -127,15 +141,15 @@ class ServingConfig(_Closed):
 
     engine: str | None = None
     device: str = "local"
-    threads: Annotated[int, Field(ge=1)] | None = None
-    batch: int = Field(default=1, ge=1)
-    context: int = Field(default=4096, ge=1)
-    prompt: int = Field(default=512, ge=1)
-    generated: int = Field(default=128, ge=1)
-    tensor_parallel: int = Field(default=1, ge=1)
-    max_memory_bytes: Annotated[int, Field(gt=0)] | None = None
-    max_decode_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    max_prefill_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    threads: Count | None = None
+    batch: Count = 1
+    context: Count = 4096
+    prompt: Count = 512
+    generated: Count = 128
+    tensor_parallel: Count = 1
+    max_memory_bytes: Bytes | None = None
+    max_decode_s: Seconds | None = None
+    max_prefill_s: Seconds | None = None
 
     @property
     def silent(self) -> bool | set[str]:
@@ -171,13 +185,13 @@ class JobConfig(_Closed):
     bank: Literal["auto", "values", "packed"] = "auto"
     estimators: tuple[str, ...] = Field(min_length=1)
     texts: Texts
-    budgets: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
-    budgets_bytes: tuple[Annotated[int, Field(gt=0)], ...] = ()
-    random_controls: int = Field(ge=0)
-    interactions: int = Field(default=0, ge=0)
+    budgets: tuple[Bits, ...] = ()
+    budgets_bytes: tuple[Bytes, ...] = ()
+    random_controls: int = Field(ge=0, le=MOST)
+    interactions: int = Field(default=0, ge=0, le=MOST)
     refinement: RefinementConfig = RefinementConfig()
     serving: ServingConfig = ServingConfig()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     dtype: str = "auto"
     transform: str | None = None
 
@@ -217,7 +231,11 @@ def config_of(
     wanted = data.get("serving")
     engine = wanted.get("engine") if isinstance(wanted, dict) else None
     own = given.get("menu")
-    asked = overrides.get("menu") or isinstance(own, str) or (own and "schemes" in own)
+    asked = (
+        overrides.get("menu")
+        or isinstance(own, str)
+        or (isinstance(own, dict) and "schemes" in own)
+    )
     if isinstance(engine, str) and engine in ENGINE_MENUS and not asked:
         base = _menu(ENGINE_MENUS[engine])
         data["menu"] = _merge(base, own) if isinstance(own, dict) else base
@@ -262,12 +280,33 @@ def _preset(kind: str, name: str) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"can't read '{path}': {' '.join(str(error).split())}") from error
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # a safe one
+    except (OSError, yaml.YAMLError, ValueError) as error:  # of names, characters and UTF-8
+        raise ConfigError(f"can't read '{shown(path)}': {_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"can't read '{shown(path)}': its fields nest too deeply") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"'{path}' should hold fields such as 'menu: int-sym-g32'")
+        raise ConfigError(f"'{shown(path)}' should hold fields such as 'menu: int-sym-g32'")
     return data
+
+
+def _line(error: Exception) -> str:
+    """What a library says, in one line."""
+    said = " ".join(str(error).split())
+    return said if said.isprintable() else said.encode("unicode_escape").decode()
+
+
+class _Loader(yaml.SafeLoader):
+    """Says where a scalar has no value, such as `2001-99-99`: PyYAML's readers raise what they like."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this is no {kind} ({error})", node.start_mark
+            ) from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -300,21 +339,46 @@ def _absolute(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute_path(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name != DEMO and path.exists() else name
+    """What it names where that is there; a name that can't be one of a file stays as it is."""
+    if name == DEMO:
+        return name
+    try:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if path.exists() else name
+    except (OSError, RuntimeError):  # too long, not ours to see, a loop, nobody's home
+        return name
 
 
 def _problems(error: ValidationError) -> list[dict[str, Any]]:
     return [
-        {"loc": [str(part) for part in found["loc"]], "msg": found["msg"]}
-        for found in error.errors()
+        {"loc": [shown(part) for part in found["loc"]], "msg": found["msg"]}
+        for found in error.errors()[:MOST_PROBLEMS]
     ]
 
 
 def _explain(error: ValidationError, file: Path | None) -> str:
+    found = error.errors()
     problems = "; ".join(
-        f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        + (f" (got {problem['input']!r})" if problem["type"] != "missing" else "")
-        for problem in error.errors()
+        f"{'.'.join(map(shown, problem['loc']))}: {problem['msg']}"
+        + (
+            f" (got {shown(_Short().repr(problem['input']))})"
+            if problem["type"] != "missing"
+            else ""
+        )
+        for problem in found[:MOST_PROBLEMS]
     )
+    if len(found) > MOST_PROBLEMS:
+        problems += f"; and {len(found) - MOST_PROBLEMS} more"
     return f"the job's configuration{f' (with {file})' if file else ''} is wrong: {problems}"
+
+
+class _Short(reprlib.Repr):
+    """Values in errors: in full where that is short, for they may be as long as their file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, LONGEST, LONGEST
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Hexadecimal ones may have more digits than Python is willing to print."""
+        return repr(x) if x.bit_length() < LONGEST else f"a number of {x.bit_length()} bits"

@@ -17,6 +17,7 @@ from quantization.units import Layout
 from search.front import non_dominated
 from search.statistics import Interval, mean_interval, paired_difference
 from store.database import Store
+from store.errors import NotFoundError
 from store.queries import QualityKey, candidates_of, find_model, measurements, reference_hash
 from store.tables import Candidate, Job, Measurement, Model
 
@@ -129,7 +130,13 @@ def _summary(rows: Sequence[Measurement]) -> MapLoss:
 
 
 def load_front(store: Store, job: Job) -> Front:
-    """The front of a job as far as it was measured."""
+    """The front of a job as far as it was measured.
+
+    Raises:
+        NotFoundError: it isn't planned yet, so that nothing can have been.
+    """
+    if "chunks" not in job.facts:  # they come right after its model
+        raise NotFoundError(f"job {job.id} is {job.state} and not planned yet; wait for its driver")
     proposed = candidates_of(store, job.id)
     candidates = [c for c in proposed if c.finalist]
     quality, chunks = quality_key(job), job.facts["chunks"]

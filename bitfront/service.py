@@ -216,7 +216,10 @@ class Service:
             yield self.fronts.get(job)
             return
         for number, changed, running in jobs_of_model(self.store, model):
-            front = self.fronts.at(number, changed, is_running=running)
+            try:
+                front = self.fronts.at(number, changed, is_running=running)
+            except NotFoundError:  # its driver has only just found the model
+                continue
             serving = front.job.config.get("serving") or {}
             asked = ((engine, serving.get("engine")), (device, serving.get("device")))
             if front.points and all(wanted in {None, own} for wanted, own in asked):

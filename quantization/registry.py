@@ -6,7 +6,17 @@ from typing import Generic, TypeVar
 
 from quantization.errors import UnknownNameError
 
+LONGEST = 200
+"""Characters of a name in an error."""
 T = TypeVar("T")
+
+
+def shown(part: object) -> str:
+    """A name or value in an error: in one line, however it is spelled, and not without end."""
+    text = str(part)
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}…"
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 class Registry(Generic[T]):
@@ -37,7 +47,7 @@ class Registry(Generic[T]):
             left = 0 if near else len(self._entries) - len(choices)
             more = f" and {left} more" if left else ""
             raise UnknownNameError(
-                f"unknown {self.kind} '{name}'; {hint}: {', '.join(choices)}{more}"
+                f"unknown {self.kind} '{shown(name)}'; {hint}: {', '.join(choices)}{more}"
             )
         return self._entries[name]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from quantization.errors import UnknownNameError
+from quantization.registry import shown
 
 FULL_PRECISION = "bf16"
 
@@ -29,7 +30,7 @@ class Scheme:
         weight, _, activation = name.partition("/")
         if activation not in ("", FULL_PRECISION):
             raise UnknownNameError(
-                f"unknown activation format '{activation}' in '{name}'; known: {FULL_PRECISION}"
+                f"unknown activation format '{shown(activation)}' in '{shown(name)}'; known: {FULL_PRECISION}"
             )
         FORMATS[weight]
         return cls(weight)

@@ -1,18 +1,22 @@
 """The application: routes, page, errors, metrics, and the supervisor beside them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.base import RequestResponseEndpoint
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from bitfront.server import catalogue, exports, health, jobs, problems, questions, tokens
 from bitfront.server.context import Context
+from bitfront.server.schema import with_job
 from bitfront.server.settings import MOST_BODY_BYTES, Settings
 from bitfront.server.supervising import Supervisor
 from store.database import Store
@@ -45,9 +49,10 @@ def create_app(settings: Settings, store: Store, supervisor: Supervisor | None =
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
-        max_body_size=MOST_BODY_BYTES,
     )
     app.state.context = Context(settings, store)
+    # inside of what words its errors, which FastAPI's own limit isn't
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MOST_BODY_BYTES)
     problems.install(app)
     health.install(app)
     app.middleware("http")(_headers)
@@ -58,7 +63,14 @@ def create_app(settings: Settings, store: Store, supervisor: Supervisor | None =
     app.include_router(api)
     app.include_router(health.router)
     _page(app)
+    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
     return app
+
+
+def _openapi(app: FastAPI, generated: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        app.openapi_schema = with_job(generated())
+    return app.openapi_schema
 
 
 async def _headers(request: Request, call_next: RequestResponseEndpoint) -> Response:

@@ -45,7 +45,7 @@ def targets() -> dict[str, Any]:
     }
 
 
-@router.post("/jobs/{job}/points/{point}/exports", status_code=202)
+@router.post("/jobs/{job}/points/{point}/exports", status_code=202, responses=responses(400, 413))
 def order(context: Here, who: Submitter, job: JobId, point: PointId, wanted: Order) -> Any:
     """Order an export: written, reloaded by the target's own loader and compared."""
     if context.service.fronts.get(job).point(point) is None:
@@ -67,7 +67,11 @@ def show(context: Here, export: ExportId) -> dict[str, Any]:
     return export_document(find_export(context.store, export))
 
 
-@router.get("/exports/{export}/files/{name:path}", response_class=FileResponse)
+@router.get(
+    "/exports/{export}/files/{name:path}",
+    response_class=FileResponse,
+    responses={206: {"description": "A range"}, **responses(400, 409, 416)},
+)
 def download(context: Here, export: ExportId, name: str) -> FileResponse:
     """A file of an export."""
     found = find_export(context.store, export)

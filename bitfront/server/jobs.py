@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -13,7 +13,7 @@ from bitfront.documents import event_document, log_line
 from bitfront.server.context import MOST_ID, Here, JobId
 from bitfront.server.policy import job_of
 from bitfront.server.problems import responses
-from bitfront.server.schema import job_schema
+from bitfront.server.schema import COMPONENTS, JOB, job_schema
 from bitfront.server.security import READ, Submitter
 from store.events import events_after, latest_event
 from store.queries import find_job
@@ -28,7 +28,7 @@ QUIET_S = 15.0
 LOG_PAGE = 2000
 
 JobBody = Annotated[
-    dict[str, Any], Body(json_schema_extra={"$ref": "/api/v1/schema"}, openapi_examples={
+    dict[str, Any], Body(json_schema_extra={"$ref": f"{COMPONENTS}{JOB}"}, openapi_examples={
         "demo": {"summary": "The demo model, by default", "value": {"model": "demo"}},
         "budgets": {
             "summary": "Two budgets in average bits",
@@ -38,7 +38,7 @@ JobBody = Annotated[
 ]  # fmt: skip
 
 
-@router.post("", status_code=201, responses=responses(409))
+@router.post("", status_code=201, responses=responses(400, 413))
 def submit(
     context: Here,
     who: Submitter,
@@ -113,19 +113,23 @@ def history(
     return {"events": events, "next": following}
 
 
+def _known(context: Here, job: JobId) -> Job:
+    """A job that is there: once a stream has begun, it is too late to say that it isn't."""
+    return find_job(context.store, job)
+
+
 @router.get("/{job}/events", response_class=EventSourceResponse)
 async def events(
     request: Request,
     context: Here,
-    job: JobId,
+    found: Annotated[Job, Depends(_known)],
     last_event_id: Annotated[str | None, Header(pattern=r"^[0-9]{1,9}$")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """What happens in a job, as it happens; `Last-Event-ID` goes on where a stream broke off.
 
     Without it the stream begins with the job's state and what follows. It ends with the job.
     """
-    store = context.store
-    found = await run_in_threadpool(find_job, store, job)
+    store, job = context.store, found.id
     after = int(last_event_id) if last_event_id else await run_in_threadpool(
         latest_event, store, job
     )  # fmt: skip

@@ -9,10 +9,13 @@ from bitfront.config import AUTO, DEMO, ConfigError, JobConfig, config_of
 from evaluation.texts import DEFAULT_SOURCE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w./-]+\.gguf)?")
-DATA_SET = re.compile(r"datasets:[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w .\[\]%-]*)*")
+DATA_SET = re.compile(r"datasets:([A-Za-z0-9][\w.-]*/[\w.-]+)(:[\w .\[\]%-]*)*")
+"""With its owner: bare names are also those of readers that look for files where they stand."""
+REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,63}")
 SAMPLER = re.compile(r"(refine|evolve|surrogate|optuna:\w+)")
 MOST = {"budgets": 64, "schemes": 64, "chunks": 4096, "length": 32768, "measurements": 100_000,
-        "random_controls": 100, "interactions": 200, "depth": 12}  # fmt: skip
+        "random_controls": 100, "interactions": 200, "estimators": 32, "patterns": 256,
+        "depth": 12, "characters": 4096}  # fmt: skip
 
 
 def job_of(body: dict[str, Any], roots: Sequence[Path]) -> tuple[JobConfig, dict[str, Any]]:
@@ -34,11 +37,12 @@ def job_of(body: dict[str, Any], roots: Sequence[Path]) -> tuple[JobConfig, dict
     if given["menu"] is None:
         del given["menu"]
     config = config_of(model, given)
+    _check_bounds(config)
     _check_code(config)
     _check_names(config)
+    _check_revision(config.revision)
     for loc, source in _sources(config):
         _check_source(loc, source, roots)
-    _check_bounds(config)
     return config, _launch(launch)
 
 
@@ -46,8 +50,8 @@ def _menu(menu: Any) -> Any:
     if isinstance(menu, list):
         if not all(isinstance(name, str) for name in menu) or not menu:
             raise _problem(["menu"], "a list of names of schemes, such as [int4-g64, bf16]")
-        return ",".join(menu) if len(menu) > 1 else {"schemes": menu}
-    if isinstance(menu, str) and ("/" in menu.split(",")[0] or menu.endswith((".yaml", ".yml"))):
+        return {"schemes": menu, "pinned": {"embedding": "bf16", "head": "bf16"}}
+    if isinstance(menu, str) and menu.endswith((".yaml", ".yml")):  # names a file
         raise _problem(["menu"], "a shipped menu's name, a list of schemes, or the menu's fields")
     return menu
 
@@ -74,6 +78,7 @@ def _check_names(config: JobConfig) -> None:
     """
     from bitfront.serving import engine_of  # torch
     from cost_models.devices import LOCAL, load_device
+    from evaluation.arithmetic import choose_dtype
     from quantization.formats import FORMATS
     from quantization.quantizers import QUANTIZERS
     from quantization.schemes import Scheme
@@ -92,6 +97,7 @@ def _check_names(config: JobConfig) -> None:
     for estimator in config.estimators:
         if estimator != AUTO:
             ESTIMATORS[estimator]
+    choose_dtype(config.dtype)
     if config.transform:
         TRANSFORMS[config.transform]
     if config.serving.device != LOCAL:
@@ -108,6 +114,12 @@ def _sources(config: JobConfig) -> Iterator[tuple[list[str], str]]:
         yield ["texts", role, "source"], text.source
 
 
+def _check_revision(revision: str | None) -> None:
+    """A branch, a tag or a commit: the hub's cache makes files of that name."""
+    if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
+        raise _problem(["revision"], "a branch, a tag or a commit of the hub, of 64 characters")
+
+
 def _check_source(loc: list[str], source: str, roots: Sequence[Path]) -> None:
     """A name that the hub or we know, or a path that really lies in a root."""
     named = {
@@ -120,16 +132,18 @@ def _check_source(loc: list[str], source: str, roots: Sequence[Path]) -> None:
     if path.is_absolute():
         try:
             real = path.resolve()
+            allowed = any(real.is_relative_to(root) for root in roots)
+            there = allowed and real.exists()
         except (OSError, RuntimeError) as error:
             raise _problem(loc, f"can't be read ({error})") from error
-        if any(real.is_relative_to(root) for root in roots):
-            if not real.exists():
-                raise _problem(loc, f"there is no '{source}' on the server")
+        if there:
             return
-    allowed = ", ".join(map(str, roots)) or "none: start it with --allow FOLDER"
-    kinds = {"model": "a hub id, `demo`, or ", "texts": "`python-docs`, `datasets:ID`, or "}
+        if allowed:
+            raise _problem(loc, f"there is no '{source}' on the server")
+    folders = ", ".join(map(str, roots)) or "none: start it with --allow FOLDER"
+    kinds = {"model": "a hub id, `demo`, or ", "texts": "`python-docs`, `datasets:OWNER/NAME`, or "}
     raise _problem(
-        loc, f"{kinds.get(loc[0], '')}a whole path in a folder that the server allows ({allowed})"
+        loc, f"{kinds.get(loc[0], '')}a whole path in a folder that the server allows ({folders})"
     )
 
 
@@ -138,7 +152,8 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _is_data_set(name: str) -> bool:
-    return bool(DATA_SET.fullmatch(name)) and ".." not in name
+    found = DATA_SET.fullmatch(name)
+    return found is not None and ".." not in name and not Path(found[1]).exists()
 
 
 def _check_bounds(config: JobConfig) -> None:
@@ -146,6 +161,9 @@ def _check_bounds(config: JobConfig) -> None:
         (["budgets"], len(config.budgets), MOST["budgets"]),
         (["budgets_bytes"], len(config.budgets_bytes), MOST["budgets"]),
         (["menu", "schemes"], len(config.menu.schemes), MOST["schemes"]),
+        (["menu", "pinned"], len(config.menu.pinned), MOST["patterns"]),
+        (["menu", "forbidden"], len(config.menu.forbidden), MOST["patterns"]),
+        (["estimators"], len(config.estimators), MOST["estimators"]),
         (["random_controls"], config.random_controls, MOST["random_controls"]),
         (["interactions"], config.interactions, MOST["interactions"]),
         (["refinement", "measurements"], config.refinement.measurements, MOST["measurements"]),
@@ -178,10 +196,12 @@ def _launch(workers: Any) -> dict[str, Any]:
 
 
 def _check_words(value: Any, depth: int = 0) -> None:
-    """Refuse what a database can't keep: NUL, half a surrogate; and nests without end."""
+    """Refuse what a database can't keep: NUL, half a surrogate; and what has no end."""
     if depth > MOST["depth"]:
         raise _problem([], f"fields nest deeper than {MOST['depth']}")
     if isinstance(value, str):
+        if len(value) > MOST["characters"]:
+            raise _problem([], f"a text of more than {MOST['characters']} characters")
         if "\0" in value:
             raise _problem([], "a text with NUL in it")
         try:

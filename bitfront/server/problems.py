@@ -7,12 +7,16 @@ from fastapi import FastAPI, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bitfront.answering import NothingFitsError
-from bitfront.config import ConfigError
+from bitfront.config import MOST_PROBLEMS, ConfigError
 from bitfront.resolving import NoTablesError
+from bitfront.server.settings import MOST_BODY_BYTES
 from quantization.errors import BitfrontError, WorkerError
+from quantization.registry import shown
 from search.errors import SearchError
 from store.errors import ConflictError, NotFoundError, StoreAwayError, StoreError, StoreLockedError
 
@@ -32,6 +36,17 @@ KINDS: tuple[tuple[type[Exception], int, str], ...] = (
     (SearchError, 422, "Can't be solved"),
 )
 """The first that an error is decides."""
+
+TITLES = {
+    400: "Can't be read", 401: "Who are you?", 403: "Not allowed", 404: "Not found",
+    405: "Not like that", 413: "Too large", 416: "Not in this file",
+}  # fmt: skip
+WORDS = {
+    400: "the request can't be read: look at its headers, such as Range",
+    413: f"the body has more than {MOST_BODY_BYTES:,} bytes; texts and models are named, not sent",
+    416: "the file has no such range; leave out the header Range",
+}
+"""What to say for libraries that answer by themselves."""
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -84,6 +99,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
+    app.add_middleware(_Worded)
 
 
 def _handler(status: int, title: str) -> Any:
@@ -97,8 +113,8 @@ def _handler(status: int, title: str) -> Any:
 def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     errors = [
-        {"loc": [str(part) for part in found["loc"]], "msg": found["msg"]}
-        for found in error.errors()
+        {"loc": [shown(part) for part in found["loc"]], "msg": found["msg"]}
+        for found in error.errors()[:MOST_PROBLEMS]
     ]
     said = "; ".join(f"{'.'.join(e['loc'])}: {e['msg']}" for e in errors)
     return problem(422, "Not what this route takes", f"{said}; see /docs", errors)
@@ -106,13 +122,11 @@ def _invalid(_: Request, error: Exception) -> JSONResponse:
 
 def _http(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    titles = {401: "Who are you?", 403: "Not allowed", 404: "Not found", 405: "Not like that",
-              413: "Too large"}  # fmt: skip
     detail = error.detail
     if error.status_code == 404 and detail == "Not Found":
         detail = "there is nothing at this address; the routes are listed at /docs"
     headers = dict(error.headers) if error.headers else None
-    return problem(error.status_code, titles.get(error.status_code, "Problem"), detail, (), headers)
+    return problem(error.status_code, TITLES.get(error.status_code, "Problem"), detail, (), headers)
 
 
 def _unexpected(_: Request, error: Exception) -> JSONResponse:
@@ -121,3 +135,36 @@ def _unexpected(_: Request, error: Exception) -> JSONResponse:
         "A bug of Bitfront",
         f"{type(error).__name__}; the server's log has the trace: please report it",
     )
+
+
+class _Worded:
+    """Middleware: errors that a library answers by itself, in text, become problem documents too.
+
+    These are bodies that are too large and ranges that no file has.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        replaced = False
+
+        async def sent(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                replaced = message["status"] in WORDS and headers.get("content-type") != MEDIA_TYPE
+                if replaced:
+                    for name in ("content-length", "content-type"):
+                        del headers[name]
+                    status = message["status"]
+                    found = problem(status, TITLES[status], WORDS[status], (), dict(headers))
+                    await found(scope, receive, send)
+            if not replaced:
+                await send(message)
+
+        await self._app(scope, receive, sent)

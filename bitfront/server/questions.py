@@ -6,6 +6,8 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitfront.config import Bits, Seconds
+from bitfront.config import Bytes as Size
 from bitfront.server.context import MOST_ID, Here, JobId, PointId
 from bitfront.server.problems import responses
 from bitfront.server.security import READ
@@ -15,9 +17,10 @@ router = APIRouter(
     tags=["fronts"], dependencies=[READ], responses=responses(401, 403, 404, 422, 503)
 )
 
+MOST_BUDGETS = Field(max_length=64)
 Bytes = Annotated[int | None, Query(ge=1, le=2**62)]
 Number = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]
-Place = Annotated[str, Query(pattern=r"^\d{1,9}:\d{1,9}$", description="JOB:POINT")]
+Place = Annotated[str, Query(pattern=r"^[0-9]{1,9}:[0-9]{1,9}$", description="JOB:POINT")]
 
 
 class Solve(BaseModel):
@@ -25,14 +28,10 @@ class Solve(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    average_bits: (
-        list[Annotated[float, Field(gt=0, le=64)]] | Annotated[float, Field(gt=0, le=64)]
-    ) = Field(default_factory=list, max_length=64)
-    weight_bytes: (
-        list[Annotated[int, Field(ge=1, le=2**62)]] | Annotated[int, Field(ge=1, le=2**62)]
-    ) = Field(default_factory=list, max_length=64)
-    decode_s: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    prefill_s: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    average_bits: Annotated[list[Bits], MOST_BUDGETS] | Bits = Field(default_factory=list)
+    weight_bytes: Annotated[list[Size], MOST_BUDGETS] | Size = Field(default_factory=list)
+    decode_s: Seconds | None = None
+    prefill_s: Seconds | None = None
 
 
 @router.get("/jobs/{job}/front")
@@ -47,7 +46,7 @@ def detail(context: Here, job: JobId) -> dict[str, Any]:
     return context.service.detail(job)
 
 
-@router.post("/jobs/{job}/solve", responses=responses(409))
+@router.post("/jobs/{job}/solve", responses=responses(400, 409, 413))
 def solve(context: Here, job: JobId, wanted: Solve) -> dict[str, Any]:
     """The best maps for other budgets by the job's tables: predicted, with no model loaded."""
     bits, nbytes = _listed(wanted.average_bits), _listed(wanted.weight_bytes)

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitfront import config
 from bitfront.config import JobConfig, config_of
 
+COMPONENTS = "#/components/schemas/"
+JOB = "Job"
 ARGUMENT = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 WORDS = {
     "model": "A hub id, `demo`, or a whole path in a folder that the server allows.",
@@ -77,6 +79,29 @@ def job_schema() -> dict[str, Any]:
         "title": "Job",
         "description": "A search job: everything but the model has a default.",
         "required": ["model"],
+    }
+
+
+def with_job(document: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAPI document with the job's schema among its components: one that needs no other."""
+    schema = _moved(job_schema())
+    own = {name: schema.pop(name) for name in ("$schema", "$defs")}
+    parts = document.setdefault("components", {}).setdefault("schemas", {})
+    parts |= {**own["$defs"], JOB: schema}
+    return document
+
+
+def _moved(schema: Any) -> Any:
+    """The same, with references that hold in an OpenAPI document."""
+    if isinstance(schema, list):
+        return [_moved(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: value.replace("#/$defs/", COMPONENTS)
+        if name == "$ref" and isinstance(value, str)
+        else _moved(value)
+        for name, value in schema.items()
     }
 
 

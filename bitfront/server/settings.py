@@ -33,7 +33,7 @@ class Settings:
     roots: tuple[Path, ...] = ()
     auth: bool = True
     most_running: int = 2
-    version: str = ""
+    version: str = "0"
 
 
 def needs_tokens(host: str, wanted: str) -> bool:

@@ -17,7 +17,7 @@ router = APIRouter(
     dependencies=[ADMIN],
     responses=responses(401, 403, 404, 409, 422, 503),
 )
-NAME = r"^[\w.@+-]{1,80}$"
+NAME = r"^[\w@+][\w.@+-]{0,79}$"  # no "..", which no address can end in
 
 
 class NewToken(BaseModel):
@@ -43,7 +43,7 @@ def list_all(context: Here) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=responses(400, 413))
 def create(context: Here, wanted: NewToken) -> dict[str, Any]:
     """Make a token; its word is shown this once."""
     word = create_token(context.store, wanted.name, wanted.role)

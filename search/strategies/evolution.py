@@ -17,6 +17,7 @@ OFFSPRING = 12
 STAGES = ((1, 4), (3, 1), (8, 1))  # chunks that a survivor is measured on, and survivors
 SWITCHES = 3  # at most; the smaller of two draws
 TRIES = 20  # draws for a new map within all limits
+BARREN = 20  # generations in a row without a question, after which there is nothing left to ask
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Evolution(Strategy):
     def _wanted(self, population: _Population) -> Question | None:
         if not population.alive:
             self._breed(population)
-        while population.alive:
+        bred = 0
+        while population.alive and bred < BARREN:
             chunks = self._chunks(population)
             for record in (population.parent, *population.alive):
                 if question := record.missing(chunks):
@@ -74,7 +76,8 @@ class Evolution(Strategy):
             self._select(population, chunks)
             if not population.alive:
                 self._breed(population)
-        return None
+                bred += 1
+        return None  # all that a small model's maps can become is known
 
     def _chunks(self, population: _Population) -> list[int]:
         return population.chunks[: min(STAGES[population.stage][0], self._setting.chunks)]

@@ -76,9 +76,9 @@ def wait_for(what, found, patience_s=PATIENCE_S):
     raise AssertionError(f"{what} did not happen in {patience_s} s")
 
 
-def tiny_job(folder: Path, **more):
+def tiny_job(folder: Path, search_chunks=3, **more):
     """A job of a few seconds, as people submit it."""
-    chunks = {"calibration": 2, "search": 3, "heldout": 4}
+    chunks = {"calibration": 2, "search": search_chunks, "heldout": 4}
     return {
         "model": str(folder), "menu": ["int2-g32", "int4-g32", "int8-g32"], "dtype": "float32",
         "estimators": ["fisher"], "texts": {r: {"length": 32, "chunks": n} for r, n in chunks.items()},

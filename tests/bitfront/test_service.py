@@ -1,10 +1,12 @@
 """The HTTP API in process, over a store with a finished job: what it says is what the store holds."""
 
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 
 from bitfront.answering import answer
@@ -22,6 +24,7 @@ from store.database import Store
 from store.events import add_event, log
 from store.queries import candidates_of, find_job
 from store.tokens import create_token, revoke_token
+from tests.bitfront.served import wait_for
 from tests.bitfront.test_pipeline import small_config
 from workers.pool import InProcessPool
 
@@ -60,9 +63,15 @@ def http(app):
 
 @pytest.fixture
 def client(app):
-    """Ours, over the same application."""
-    with TestClient(app) as test:
-        yield Client("http://test", transport=test._transport)
+    """Ours, of the same application on a port of loopback."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for("a server", lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield Client(f"http://127.0.0.1:{port}")
+    server.should_exit = True
+    thread.join(timeout=10)
 
 
 def problem(response, status):
@@ -304,7 +313,8 @@ def test_downloads_cannot_leave_their_folder(done, http, tmp_path):
     update_export(store, export, state="done", files=[{"name": "a.json", "bytes": 2}])
     assert http.get(f"{API}/exports/{export}/files/a.json").json() == {}
     for name in ("../../secret", "%2e%2e/%2e%2e/secret", "..%2f..%2fsecret", "/etc/passwd"):
-        problem(http.get(f"{API}/exports/{export}/files/{name}"), 404)
+        found = http.get(f"{API}/exports/{export}/files/{name}")
+        problem(found, 422 if name.startswith("../") else 404)  # that one names no file at all
     unknown = http.post(f"{API}/jobs/{job}/points/{point}/exports", json={"targets": ["gguff"]})
     assert "gguf" in problem(unknown, 422)
 

@@ -241,3 +241,19 @@ def test_the_fittest_are_the_first_fronts(count):
     for out in set(range(30)) - set(taken.tolist()):
         dominated = (points[out] <= points[taken]).all(1) & (points[out] < points[taken]).any(1)
         assert not dominated.any()
+
+
+def test_evolution_ends_where_a_small_model_has_no_more_maps():
+    """Two units that can only swap: once both maps are known there is nothing to ask."""
+    loss = np.array([[0.0, 1.0], [0.0, 2.0]])
+    problem = Problem(loss, {"weight_bytes": np.array([[2, 1], [2, 1]])}, np.ones((2, 2), bool))
+    start = np.array([0, 1])
+    search = make_strategy(
+        "evolve", Setting(problem, "weight_bytes", {3: [start]}, 2, 0, {}), "", ""
+    )
+    asked = 0
+    while question := search.ask():
+        search.tell(question, float(problem.total_loss(question.choice)))
+        asked += 1
+    assert 0 < asked <= 4
+    assert search.best(3).tolist() == [1, 0]

@@ -26,7 +26,7 @@ from bitfront.documents import (
 )
 from bitfront.driving import JOB
 from bitfront.exporting import precision_map
-from bitfront.fronts import Front, layout_of
+from bitfront.fronts import Front
 from bitfront.remembered import Fronts
 from bitfront.resolving import solve_again
 from cost_models.memory import PHASES
@@ -205,7 +205,7 @@ class Service:
         for name, front, number in (("a", first, one), ("b", second, two)):
             point = front.point(number)
             assert point is not None  # or it could not have been compared
-            taken = footprint(front) if layout_of(front.job, front.model).cache else None
+            taken = footprint(front) if front.layout.cache else None
             found[name] |= point_document(front, point, taken)
         return found
 

@@ -49,6 +49,8 @@ BETWEEN_TRIES_S = (0.05, 5.0)
 MOST_COLLISIONS = 3
 BEGIN = "bitfront_begin"
 """The execution option that says how a transaction of SQLite begins."""
+POOL = (10, 40)
+"""Connections that are kept, and the most: a server has as many threads."""
 MIGRATING = 0x62697466
 """The advisory lock of PostgreSQL that migrations hold."""
 
@@ -84,7 +86,11 @@ class Store:
             self.engine = _engine(url, lock_patience_s)
         writing = self.engine.execution_options(**{BEGIN: "BEGIN IMMEDIATE"})
         self._writers = sessionmaker(writing, expire_on_commit=False)
-        self._readers = sessionmaker(self.engine, expire_on_commit=False)
+        readers = self.engine
+        if self.engine.dialect.name != "sqlite":
+            # each query sees what is committed then, in a transaction or not: spare the round trips
+            readers = readers.execution_options(isolation_level="AUTOCOMMIT")
+        self._readers = sessionmaker(readers, expire_on_commit=False)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
@@ -256,7 +262,9 @@ def alembic_config() -> "Config":
 def _engine(url: str, lock_patience_s: float) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True)
+        return create_engine(
+            parsed, pool_pre_ping=True, pool_size=POOL[0], max_overflow=POOL[1] - POOL[0]
+        )
     if parsed.database and not parsed.database.startswith((":memory:", "file:")):
         path = Path(parsed.database).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -67,8 +68,14 @@ class Answer:
 
     front: Front
     point: Point
-    footprint: Footprint
+    batch: int | None
+    context: int | None
     seconds: dict[Phase, float]
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """At the workload of the question: of the best of many answers only."""
+        return footprint(self.front, self.batch, self.context)
 
     @property
     def memory_bytes(self) -> int:
@@ -110,9 +117,16 @@ def answer(
             "this model's KV cache is unknown (its forward pass could not be traced), so its "
             "memory is, too; constrain --max-size instead"
         )
-    found = footprint(front, batch, context)
+    found = None
+    if limits.get("memory_bytes") is not None:
+        found = footprint(front, batch, context)
     bounds = {n: inf if limits.get(n) is None else float(limits[n] or 0) for n in LIMITS}
-    point, why_not = best_point(front, Constraints(**bounds), found.other_bytes, found.sharing)
+    point, why_not = best_point(
+        front,
+        Constraints(**bounds),
+        found.other_bytes if found else 0,
+        found.sharing if found else Sharing(),
+    )
     if point is None:
         raise NothingFitsError(str(why_not))
     took = {
@@ -120,7 +134,7 @@ def answer(
         for phase in PHASES
         if (seconds := latency.seconds(job, point.map_hash, phase)) is not None
     }
-    return Answer(front, point, found, took)
+    return Answer(front, point, batch, context, took)
 
 
 def best_answer(answers: Sequence[Answer], by_size: bool) -> tuple[Answer, list[Answer]]:

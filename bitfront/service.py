@@ -39,6 +39,7 @@ from store.submissions import (
     cancel_job,
     count_points,
     jobs_of_model,
+    look_at_job,
     page_of_jobs,
     resume_job,
     submit_job,
@@ -123,8 +124,10 @@ class Service:
 
     def job(self, number: int | None) -> Document:
         """See `Desk.job`."""
-        found = find_job(self.store, number)
-        return {**self._document(found), "config": found.config}
+        if number is None:
+            number = find_job(self.store, None).id
+        found, name = look_at_job(self.store, number)
+        return {**self._documents([(found, name)])[0], "config": found.config}
 
     def cancel(self, number: int, by: str | None = None) -> Document:
         """See `Desk.cancel`."""

@@ -181,11 +181,14 @@ def find_model(store: Store, weights_hash: str) -> Model:
         return session.get_one(Model, weights_hash)
 
 
+@lasting
 def model_name(store: Store, job: Job) -> str:
     """The name of a job's model: as its driver found it, or as it was asked for."""
     if job.weights_hash is None:
         return str(job.config["model"])
-    return find_model(store, job.weights_hash).name
+    with store.reading() as session:  # without its layout
+        query = select(Model.name).where(Model.weights_hash == job.weights_hash)
+        return session.scalars(query).one()
 
 
 @lasting
@@ -250,8 +253,8 @@ def measured_sums(store: Store, keys: Sequence[str]) -> dict[str, Sums]:
     with store.reading() as session:
         for start in range(0, len(keys), KEYS_A_QUERY):
             part = keys[start : start + KEYS_A_QUERY]
-            for key, *sums in session.execute(select(*columns).where(Measurement.key.in_(part))):
-                found[key] = Sums(*sums)
+            rows = session.execute(select(*columns).where(Measurement.key.in_(part)))
+            found |= {key: Sums(kl, nll, tokens) for key, kl, nll, tokens in rows}
     return found
 
 

@@ -38,7 +38,7 @@ def caller(
         token = find_token(context.store, word)
     if token is None:
         raise _unauthorized("this token is unknown or revoked")
-    return Caller(token.name, token.role)
+    return Caller(*token)
 
 
 def _unauthorized(what: str) -> HTTPException:

@@ -176,8 +176,8 @@ def faults(answer: Answer, documented: set[str] | None = None) -> list[str]:
 
 
 def _json_faults(answer: Answer, kind: str) -> list[str]:
-    if not answer.body and (answer.status == 204 or answer.status >= 400):
-        return []  # of HEAD, or nothing to say
+    if answer.status == 206 or (not answer.body and answer.status in {204, *range(400, 500)}):
+        return []  # a part, nothing to say, or an answer to HEAD
     try:
         document = json.loads(answer.body, parse_constant=_no_constant)
     except ValueError as error:

@@ -1,7 +1,8 @@
 """Answers to questions about measured maps: the best one under constraints, and two compared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -11,7 +12,6 @@ from bitfront.fronts import (
     Front,
     Point,
     best_point,
-    layout_of,
     losses,
     quality_key,
 )
@@ -58,7 +58,7 @@ def footprint(front: Front, batch: int | None = None, context: int | None = None
     given = {k: v for k, v in {"batch": batch, "context": context}.items() if v is not None}
     workload = Workload(**{**known["workload"], **given})
     sharing = Sharing(**known.get("sharing", {}))
-    cache = sharing.cache(kv_cache_bytes(layout_of(front.job, front.model), workload))
+    cache = sharing.cache(kv_cache_bytes(front.layout, workload))
     return Footprint(workload, cache, 0 if given else known["activation_bytes"], sharing)
 
 
@@ -68,8 +68,14 @@ class Answer:
 
     front: Front
     point: Point
-    footprint: Footprint
+    batch: int | None
+    context: int | None
     seconds: dict[Phase, float]
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """At the workload of the question: of the best of many answers only."""
+        return footprint(self.front, self.batch, self.context)
 
     @property
     def memory_bytes(self) -> int:
@@ -81,11 +87,10 @@ class Answer:
         found, workload = self.footprint, self.footprint.workload
         ranks = found.sharing.ranks
         shared = {} if ranks == 1 else {"tensor_parallel": ranks}
-        document = self.front.to_json()
         return {
             "job": self.front.job.id,
             "model": self.front.model.name,
-            "point": next(p for p in document["points"] if p["id"] == self.point.id),
+            "point": asdict(self.point),
             "memory_bytes": self.memory_bytes,
             "kv_cache_bytes": found.cache_bytes,
             "activation_bytes": found.activation_bytes,
@@ -107,14 +112,21 @@ def answer(
         raise NothingFitsError(
             f"job {job.id} has no latency: search with --engine llama.cpp, then ask again"
         )
-    if limits.get("memory_bytes") is not None and not layout_of(job, front.model).cache:
+    if limits.get("memory_bytes") is not None and not front.layout.cache:
         raise NothingFitsError(
             "this model's KV cache is unknown (its forward pass could not be traced), so its "
             "memory is, too; constrain --max-size instead"
         )
-    found = footprint(front, batch, context)
+    found = None
+    if limits.get("memory_bytes") is not None:
+        found = footprint(front, batch, context)
     bounds = {n: inf if limits.get(n) is None else float(limits[n] or 0) for n in LIMITS}
-    point, why_not = best_point(front, Constraints(**bounds), found.other_bytes, found.sharing)
+    point, why_not = best_point(
+        front,
+        Constraints(**bounds),
+        found.other_bytes if found else 0,
+        found.sharing if found else Sharing(),
+    )
     if point is None:
         raise NothingFitsError(str(why_not))
     took = {
@@ -122,7 +134,7 @@ def answer(
         for phase in PHASES
         if (seconds := latency.seconds(job, point.map_hash, phase)) is not None
     }
-    return Answer(front, point, found, took)
+    return Answer(front, point, batch, context, took)
 
 
 def best_answer(answers: Sequence[Answer], by_size: bool) -> tuple[Answer, list[Answer]]:
@@ -177,7 +189,7 @@ def compare(store: Store, a: tuple[Front, int], b: tuple[Front, int]) -> dict[st
         verdict = f"{better} loses less than {worse}"
     else:
         verdict = f"{names[0]} and {names[1]} can't be told apart on this text"
-    units = [unit.name for unit in layout_of(front_a.job, front_a.model).units]
+    units = [unit.name for unit in front_a.layout.units]
     schemes = [f.candidates[p.id].schemes for f, p in ((front_a, point_a), (front_b, point_b))]
     differing = []
     if len(schemes[0]) == len(schemes[1]):  # an engine that fuses nothing splits units

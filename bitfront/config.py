@@ -3,6 +3,7 @@
 import re
 import reprlib
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -251,18 +252,22 @@ def _menu(name: str) -> dict[str, Any]:
     """A shipped menu, a YAML file's, or a comma-separated list of schemes."""
     if name.endswith((".yaml", ".yml")):
         return _read_yaml(Path(name))
-    known: Registry[None] = Registry("menu")
-    for entry in files("configs").joinpath("menus").iterdir():
-        known.add(entry.name.removesuffix(".yaml"), None)
+    known = _shipped_menus()
     if name in known:
         return _preset("menus", name)
     if "," not in name:
-        _one_format(name, list(known))
+        _one_format(name, known)
     schemes = [part.strip() for part in name.split(",") if part.strip()]
     return {"schemes": schemes, "pinned": {"embedding": "bf16", "head": "bf16"}}
 
 
-def _one_format(name: str, menus: list[str]) -> None:
+@cache
+def _shipped_menus() -> tuple[str, ...]:
+    menus = files("configs").joinpath("menus").iterdir()
+    return tuple(entry.name.removesuffix(".yaml") for entry in menus)
+
+
+def _one_format(name: str, menus: Sequence[str]) -> None:
     """Raise `UnknownNameError` where a lone name is neither a format nor a menu."""
     from quantization.formats import FORMATS  # torch
 
@@ -272,6 +277,7 @@ def _one_format(name: str, menus: list[str]) -> None:
     known[re.split(r"[/@]", name)[0]]
 
 
+@cache  # nobody changes them: `_merge` copies
 def _preset(kind: str, name: str) -> dict[str, Any]:
     text = files("configs").joinpath(kind, f"{name}.yaml").read_text()
     data: dict[str, Any] = yaml.safe_load(text)

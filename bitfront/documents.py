@@ -8,7 +8,7 @@ from typing import Any
 
 from bitfront import latency
 from bitfront.answering import Footprint, footprint
-from bitfront.fronts import Front, Point, layout_of
+from bitfront.fronts import Front, Point
 from quantization.units import Layout, Unit
 from store.tables import Event, ExportOrder, Job
 
@@ -46,7 +46,7 @@ def front_document(front: Front) -> dict[str, Any]:
     job = front.job
     serving = job.config.get("serving") or {}
     times = job.facts.get("times")
-    taken = footprint(front) if layout_of(job, front.model).cache else None
+    taken = footprint(front) if front.layout.cache else None
     return {
         "job": job.id,
         "model": front.model.name,
@@ -88,7 +88,7 @@ def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[
 def detail_document(front: Front, tables: dict[str, Any] | None) -> dict[str, Any]:
     """Units with the bits of each scheme, what each point chose, predicted losses, and seconds."""
     job, facts = front.job, front.job.facts
-    layout, menu = layout_of(job, front.model), facts["menu"]
+    layout, menu = front.layout, facts["menu"]
     units = [
         {
             "name": unit.name, "kind": unit.kind, "layer": unit.layer, "row": row_of(unit),

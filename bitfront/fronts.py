@@ -5,7 +5,7 @@ No torch, no ray, no SciPy: `front`, `query` and `jobs` answer at once.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import exp, inf, isfinite
 from typing import Any
 
@@ -18,8 +18,15 @@ from search.front import non_dominated
 from search.statistics import Interval, mean_interval, paired_difference
 from store.database import Store
 from store.errors import NotFoundError
-from store.queries import QualityKey, candidates_of, find_model, measurements, reference_hash
-from store.tables import Candidate, Job, Measurement, Model
+from store.queries import (
+    QualityKey,
+    Sums,
+    candidates_of,
+    find_model,
+    measured_sums,
+    reference_hash,
+)
+from store.tables import Candidate, Job, Model
 
 SAME_SIZE = 0.001  # less than one unit's step between neighbouring schemes
 COMPARABLE_SIZE = 0.01
@@ -67,6 +74,11 @@ class Front:
     reference_perplexity: float | None
     findings: tuple[str, ...]
 
+    @cached_property
+    def layout(self) -> Layout:
+        """The units that the job decided."""
+        return layout_of(self.job, self.model)
+
     def to_json(self) -> dict[str, Any]:
         """The pinned document."""
         times = latency.document(self.job, self.points)
@@ -113,16 +125,17 @@ def losses(
 def _losses(
     store: Store, quality: QualityKey, maps: Sequence[str], chunks: Sequence[str]
 ) -> dict[str, MapLoss]:
-    rows = measurements(store, [quality.of(found, chunk) for found in maps for chunk in chunks])
+    keys = {found: [quality.of(found, chunk) for chunk in chunks] for found in maps}
+    rows = measured_sums(store, [key for own in keys.values() for key in own])
     result = {}
-    for found in maps:
-        own = [rows.get(quality.of(found, chunk)) for chunk in chunks]
-        if own and all(own):
-            result[found] = _summary([row for row in own if row])
+    for found, wanted in keys.items():
+        own = [rows[key] for key in wanted if key in rows]
+        if own and len(own) == len(wanted):
+            result[found] = _summary(own)
     return result
 
 
-def _summary(rows: Sequence[Measurement]) -> MapLoss:
+def _summary(rows: Sequence[Sums]) -> MapLoss:
     kl = np.array([row.kl_sum for row in rows])
     tokens = np.array([float(row.tokens) for row in rows])
     nll = sum(row.nll_sum for row in rows) / tokens.sum()
@@ -312,7 +325,7 @@ def best_point(
     """
     if not front.points:
         return None, f"job {front.job.id} has no measured points yet"
-    checks: list[tuple[str, float, Any]] = [
+    known: list[tuple[str, float, Any]] = [
         ("weight_bytes", limits.weight_bytes, lambda p: p.weight_bytes),
         ("average_bits", limits.average_bits, lambda p: p.average_bits),
         ("kl", limits.kl, lambda p: p.kl),
@@ -323,6 +336,7 @@ def best_point(
         ),
         *_latency_checks(front, limits),
     ]
+    checks = [check for check in known if check[1] < inf]
     fitting = [p for p in front.points if all(value(p) <= limit for _, limit, value in checks)]
     if fitting:
         if limits.kl < inf:

@@ -22,6 +22,7 @@ class Fronts:
         self._store = store
         self._lock = threading.Lock()
         self._known: OrderedDict[int, tuple[datetime, float, Front]] = OrderedDict()
+        self._reading: dict[int, threading.Lock] = {}
 
     def get(self, job_id: int) -> Front:
         """The front of a job; raises `NotFoundError` where there is none."""
@@ -30,14 +31,24 @@ class Fronts:
 
     def at(self, job_id: int, changed: datetime, *, is_running: bool = False) -> Front:
         """The front of a job whose record was changed then."""
+        if front := self._find(job_id, changed, is_running=is_running):
+            return front
+        with self._lock:
+            reading = self._reading.setdefault(job_id, threading.Lock())
+        with reading:  # who comes meanwhile waits for what this one reads
+            front = self._find(job_id, changed, is_running=is_running)
+            return front or self._read(job_id, changed)
+
+    def _find(self, job_id: int, changed: datetime, *, is_running: bool) -> Front | None:
         with self._lock:
             known = self._known.get(job_id)
-            if known:
-                self._known.move_to_end(job_id)
-        if known and known[0] == changed:
-            return known[2]
-        if known and is_running and time.monotonic() - known[1] < FRESH_S:
-            return known[2]
+            if known is None:
+                return None
+            self._known.move_to_end(job_id)
+        is_fresh = is_running and time.monotonic() - known[1] < FRESH_S
+        return known[2] if known[0] == changed or is_fresh else None
+
+    def _read(self, job_id: int, changed: datetime) -> Front:
         front = load_front(self._store, find_job(self._store, job_id))
         with self._lock:
             self._known[job_id] = changed, time.monotonic(), front

@@ -26,7 +26,7 @@ from bitfront.documents import (
 )
 from bitfront.driving import JOB
 from bitfront.exporting import precision_map
-from bitfront.fronts import Front, layout_of
+from bitfront.fronts import Front
 from bitfront.remembered import Fronts
 from bitfront.resolving import solve_again
 from cost_models.memory import PHASES
@@ -39,6 +39,7 @@ from store.submissions import (
     cancel_job,
     count_points,
     jobs_of_model,
+    look_at_job,
     page_of_jobs,
     resume_job,
     submit_job,
@@ -123,8 +124,10 @@ class Service:
 
     def job(self, number: int | None) -> Document:
         """See `Desk.job`."""
-        found = find_job(self.store, number)
-        return {**self._document(found), "config": found.config}
+        if number is None:
+            number = find_job(self.store, None).id
+        found, name = look_at_job(self.store, number)
+        return {**self._documents([(found, name)])[0], "config": found.config}
 
     def cancel(self, number: int, by: str | None = None) -> Document:
         """See `Desk.cancel`."""
@@ -205,7 +208,7 @@ class Service:
         for name, front, number in (("a", first, one), ("b", second, two)):
             point = front.point(number)
             assert point is not None  # or it could not have been compared
-            taken = footprint(front) if layout_of(front.job, front.model).cache else None
+            taken = footprint(front) if front.layout.cache else None
             found[name] |= point_document(front, point, taken)
         return found
 

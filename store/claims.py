@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import delete, select, text, update
+from sqlalchemy import ColumnElement, delete, extract, func, literal, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -81,29 +81,34 @@ def let_go(store: Store, owner: str) -> None:
 @lasting
 def holders(store: Store, keys: Sequence[str]) -> dict[str, str]:
     """The owners of those keys that somebody alive is at."""
-    with store.session() as session:
-        now = clock(session)
-        _bury(session, keys, now)
-        found: dict[str, str] = {}
+    found: dict[str, str] = {}
+    with store.reading() as session:
         for start in range(0, len(keys), KEYS_A_QUERY):
             part = keys[start : start + KEYS_A_QUERY]
-            rows = select(Claim.key, Claim.owner).where(
-                Claim.key.in_(part), Claim.expires_at >= now
-            )
-            found.update((key, owner) for key, owner in session.execute(rows))
-        return found
+            found |= _held(session, Claim.key.in_(part))
+    return _living(store, found)
 
 
 @lasting
 def held(store: Store, prefix: str) -> dict[str, str]:
     """The owners of all keys that begin so and that somebody alive is at."""
-    with store.session() as session:
-        now = clock(session)
-        begun = Claim.key.startswith(prefix, autoescape=True)
-        keys = list(session.scalars(select(Claim.key).where(begun)))
-        _bury(session, keys, now)
-        rows = session.execute(select(Claim.key, Claim.owner).where(begun, Claim.expires_at >= now))
-        return {row.key: row.owner for row in rows}
+    with store.reading() as session:
+        found = _held(session, Claim.key.startswith(prefix, autoescape=True))
+    return _living(store, found)
+
+
+def _held(session: Session, which: ColumnElement[bool]) -> dict[str, str]:
+    """The owners of claims that last, in one query: this is asked with every look at a job."""
+    rows = select(Claim.key, Claim.owner).where(which, Claim.expires_at >= _now(session))
+    return {key: owner for key, owner in session.execute(rows)}  # noqa: C416  # rows are no pairs
+
+
+def _living(store: Store, found: dict[str, str]) -> dict[str, str]:
+    """Those whose owner isn't known to be dead; the others' claims are let go."""
+    dead = {owner for owner in found.values() if is_dead(owner)}
+    for owner in dead:
+        let_go(store, owner)
+    return {key: owner for key, owner in found.items() if owner not in dead}
 
 
 def is_dead(owner: str) -> bool:
@@ -139,9 +144,14 @@ def _bury(session: Session, keys: Sequence[str], now: float) -> None:
 
 def clock(session: Session) -> float:
     """Seconds since 1970, by the database's clock where it has one of its own."""
+    return float(session.scalar(select(_now(session))) or 0.0)
+
+
+def _now(session: Session) -> ColumnElement[Any]:
+    """The same as an expression of SQL."""
     if session.get_bind().dialect.name == "sqlite":
-        return time.time()
-    return float(session.scalar(text("SELECT extract(epoch FROM clock_timestamp())")) or 0.0)
+        return literal(time.time())
+    return extract("epoch", func.clock_timestamp())
 
 
 @cache

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
@@ -181,11 +181,14 @@ def find_model(store: Store, weights_hash: str) -> Model:
         return session.get_one(Model, weights_hash)
 
 
+@lasting
 def model_name(store: Store, job: Job) -> str:
     """The name of a job's model: as its driver found it, or as it was asked for."""
     if job.weights_hash is None:
         return str(job.config["model"])
-    return find_model(store, job.weights_hash).name
+    with store.reading() as session:  # without its layout
+        query = select(Model.name).where(Model.weights_hash == job.weights_hash)
+        return session.scalars(query).one()
 
 
 @lasting
@@ -232,6 +235,27 @@ def save_measurement(store: Store, measurement: Measurement) -> None:
 def measurements(store: Store, keys: Sequence[str]) -> dict[str, Measurement]:
     """Those of the keys that are in the store."""
     return rows_of(store, Measurement, keys)
+
+
+class Sums(NamedTuple):
+    """What a loss is made of, on one chunk; see `Measurement`."""
+
+    kl_sum: float
+    nll_sum: float
+    tokens: int
+
+
+@lasting
+def measured_sums(store: Store, keys: Sequence[str]) -> dict[str, Sums]:
+    """The sums of those of the keys that are in the store: fronts need hundreds of rows."""
+    columns = (Measurement.key, Measurement.kl_sum, Measurement.nll_sum, Measurement.tokens)
+    found: dict[str, Sums] = {}
+    with store.reading() as session:
+        for start in range(0, len(keys), KEYS_A_QUERY):
+            part = keys[start : start + KEYS_A_QUERY]
+            rows = session.execute(select(*columns).where(Measurement.key.in_(part)))
+            found |= {key: Sums(kl, nll, tokens) for key, kl, nll, tokens in rows}
+    return found
 
 
 @lasting

@@ -27,6 +27,8 @@ from store.tables import (
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 STATES = (QUEUED, RUNNING, DONE, FAILED, CANCELLED)
 OPEN = (QUEUED, RUNNING)
+MODEL_NAME = func.coalesce(Model.name, Job.config["model"].as_string())
+"""As its driver found it, or as it was asked for."""
 
 
 def submit_job(
@@ -155,23 +157,45 @@ def page_of_jobs(
     state: str | None = None,
     model: str | None = None,
 ) -> list[tuple[Job, str]]:
-    """Jobs with their models' names, newest number first; without their facts, which may be large."""
-    name = func.coalesce(Model.name, Job.config["model"].as_string())
-    query = (
-        select(Job, name)
-        .join(Model, Model.weights_hash == Job.weights_hash, isouter=True)
-        .options(defer(Job.facts, raiseload=True))
-        .order_by(Job.id.desc())
-        .limit(limit)
-    )
+    """Jobs with their models' names, newest number first; without their facts."""
+    query = _jobs_with_models().order_by(Job.id.desc()).limit(limit)
     if before is not None:
         query = query.where(Job.id < before)
     if state is not None:
         query = query.where(Job.state == state)
     if model is not None:
-        query = query.where(name.icontains(model, autoescape=True))
+        query = query.where(MODEL_NAME.icontains(model, autoescape=True))
     with store.reading() as session:
         return [(job, found) for job, found in session.execute(query)]
+
+
+@lasting
+def look_at_job(store: Store, number: int) -> tuple[Job, str]:
+    """A job with its model's name; without its facts.
+
+    Raises:
+        NotFoundError: no such job.
+    """
+    query = _jobs_with_models().where(Job.id == number)
+    with store.reading() as session:
+        found = session.execute(query).one_or_none()
+        if found is None:
+            raise _no_job(number)
+        job, name = found
+        return job, name
+
+
+def _no_job(number: int) -> NotFoundError:
+    return NotFoundError(f"no job {number} in the store; the jobs are listed at /api/v1/jobs")
+
+
+def _jobs_with_models() -> Any:
+    """Jobs with their models' names; without their facts, which may be large."""
+    return (
+        select(Job, MODEL_NAME)
+        .join(Model, Model.weights_hash == Job.weights_hash, isouter=True)
+        .options(defer(Job.facts, raiseload=True))
+    )
 
 
 @lasting
@@ -186,9 +210,7 @@ def job_stamp(store: Store, job_id: int) -> tuple[datetime, bool]:
             select(Job.updated_at, Job.state, Job.weights_hash).where(Job.id == job_id)
         ).one_or_none()
         if found is None:
-            raise NotFoundError(
-                f"no job {job_id} in the store; the jobs are listed at /api/v1/jobs"
-            )
+            raise _no_job(job_id)
         if found.weights_hash is None:
             find_job(store, job_id).model_hash  # noqa: B018  # says so
         return found.updated_at, found.state in OPEN

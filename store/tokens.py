@@ -46,11 +46,17 @@ def list_tokens(store: Store) -> list[Token]:
 
 
 @lasting
-def find_token(store: Store, word: str) -> Token | None:
-    """The token that a word is, if it is good. Looked up by hash: time tells nothing of others."""
+def find_token(store: Store, word: str) -> tuple[str, str] | None:
+    """Name and role of the token that a word is, if it is good.
+
+    Looked up by hash: time tells nothing of others.
+    """
+    query = select(Token.name, Token.role)
     with store.reading() as session:
-        query = select(Token).where(Token.hash == _hash(word), Token.revoked_at.is_(None))
-        return session.scalar(query)
+        found = session.execute(
+            query.where(Token.hash == _hash(word), Token.revoked_at.is_(None))
+        ).one_or_none()
+        return found and (found.name, found.role)
 
 
 def allows(role: str, wanted: str) -> bool:

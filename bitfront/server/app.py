@@ -7,12 +7,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.base import RequestResponseEndpoint
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bitfront.server import catalogue, exports, health, jobs, problems, questions, tokens
 from bitfront.server.context import Context
@@ -55,7 +56,7 @@ def create_app(settings: Settings, store: Store, supervisor: Supervisor | None =
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MOST_BODY_BYTES)
     problems.install(app)
     health.install(app)
-    app.middleware("http")(_headers)
+    app.add_middleware(_Headers)
     api = APIRouter(prefix=PREFIX)
     for module in (jobs, questions, exports, catalogue, tokens):
         api.include_router(module.router)
@@ -73,13 +74,25 @@ def _openapi(app: FastAPI, generated: Callable[[], dict[str, Any]]) -> dict[str,
     return app.openapi_schema
 
 
-async def _headers(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    response = await call_next(request)
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Referrer-Policy"] = "no-referrer"
-    if not request.url.path.startswith("/docs"):  # Swagger's page has a script in it
-        response.headers["Content-Security-Policy"] = POLICY
-    return response
+class _Headers:
+    """Middleware: what browsers are told of every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "no-referrer"
+                if not scope["path"].startswith("/docs"):  # Swagger's page has a script in it
+                    headers["Content-Security-Policy"] = POLICY
+            await send(message)
+
+        await self._app(scope, receive, sent)
 
 
 def _page(app: FastAPI) -> None:

@@ -22,8 +22,8 @@ class Context:
         self.service = Service(store)
 
 
-def context_of(request: Request) -> Context:
-    """The context of the application that got a request."""
+async def context_of(request: Request) -> Context:
+    """The context of the application that got a request; not worth a thread, so it isn't `def`."""
     return cast("Context", request.app.state.context)
 
 

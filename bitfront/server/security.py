@@ -38,7 +38,7 @@ def caller(
         token = find_token(context.store, word)
     if token is None:
         raise _unauthorized("this token is unknown or revoked")
-    return Caller(token.name, token.role)
+    return Caller(*token)
 
 
 def _unauthorized(what: str) -> HTTPException:
@@ -56,7 +56,7 @@ class _Needs:
     def __init__(self, role: str) -> None:
         self._role = role
 
-    def __call__(self, request: Request, who: Annotated[Caller, Depends(caller)]) -> Caller:
+    async def __call__(self, request: Request, who: Annotated[Caller, Depends(caller)]) -> Caller:
         if not allows(who.role, self._role):
             raise HTTPException(
                 403,

@@ -50,6 +50,7 @@ def serve(url: str, port: int, data: Path) -> None:
     import uvicorn
 
     from bitfront.server.app import create_app
+    from bitfront.server.serving import prepare
     from bitfront.server.settings import Settings
     from bitfront.server.supervising import Supervisor
     from workers.launching import Launcher
@@ -68,6 +69,7 @@ def serve(url: str, port: int, data: Path) -> None:
 
     store = Store(url).open()
     app = create_app(Settings(url, data, version="load"), store, Supervisor(store, Nothing(), 1))
+    prepare()
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 

@@ -51,7 +51,7 @@ BETWEEN_TRIES_S = (0.05, 5.0)
 MOST_COLLISIONS = 3
 BEGIN = "bitfront_begin"
 """The execution option that says how a transaction of SQLite begins."""
-POOL = (10, 40)
+POOL = (20, 40)
 """Connections that are kept, and the most: a server has as many threads."""
 IDLE_S = 1.0
 RETURNED = "bitfront_returned"
@@ -286,7 +286,9 @@ def _ping_idle(engine: Engine) -> None:
 def _engine(url: str, lock_patience_s: float) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        engine = create_engine(parsed, pool_size=POOL[0], max_overflow=POOL[1] - POOL[0])
+        engine = create_engine(
+            parsed, pool_size=POOL[0], max_overflow=POOL[1] - POOL[0], pool_use_lifo=True
+        )
         _ping_idle(engine)
         return engine
     if parsed.database and not parsed.database.startswith((":memory:", "file:")):

@@ -1,5 +1,6 @@
 """`bitfront serve`: the application in uvicorn, with a launcher for the Ray that was named."""
 
+import gc
 import logging
 import os
 import signal
@@ -8,7 +9,9 @@ from pathlib import Path
 import platformdirs
 import uvicorn
 
+from bitfront.config import DEMO
 from bitfront.server.app import create_app
+from bitfront.server.policy import job_of
 from bitfront.server.settings import Settings
 from bitfront.server.supervising import Supervisor
 from store.database import Store
@@ -35,6 +38,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     signal.signal(signal.SIGTERM, _end)  # uvicorn raises it once more, when it has shut down
     supervisor = Supervisor(store, launcher, settings.most_running, arguments, environment)
     app = create_app(settings, store, supervisor)
+    prepare()
     try:
         uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
     finally:
@@ -44,6 +48,19 @@ def serve(settings: Settings, host: str, port: int) -> None:
 
 def _end(*_: object) -> None:
     raise SystemExit(0)
+
+
+def prepare() -> None:
+    """Import what requests will want, seconds in which all others would wait, and let that be.
+
+    Collecting garbage among a million objects of libraries stops everybody for a quarter of a
+    second; they stay as long as the process.
+    """
+    import search.exact  # noqa: F401  # SciPy
+
+    job_of({"model": DEMO}, ())  # torch
+    gc.collect()
+    gc.freeze()
 
 
 def make_launcher(settings: Settings) -> Launcher:

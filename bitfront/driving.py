@@ -20,7 +20,7 @@ from bitfront.fronts import load_front
 from bitfront.progress import Advance
 from quantization.errors import BitfrontError
 from search.errors import SearchError
-from store.claims import claim, held, holders, let_go, new_owner
+from store.claims import EXPORT, JOB, claim, held, holders, let_go, new_owner
 from store.database import Store
 from store.errors import StoreError
 from store.events import add_event, log, save_progress
@@ -31,8 +31,6 @@ from workers.sharing import renewed
 WATCH_S = 2.0
 """How often a driver looks whether it is still wanted."""
 BETWEEN_REPORTS_S = 1.0
-JOB, EXPORT = "job:", "export:"
-"""What the claims of drivers begin with."""
 
 
 class _StoppedError(BaseException):

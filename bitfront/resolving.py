@@ -119,7 +119,7 @@ class _Given:
 
     def __init__(self, job: Job, tables: dict[str, Any]) -> None:
         self._job, self._tables = job, tables
-        self.menu = [Scheme.parse(name) for name in job.facts["menu"]]
+        self.menu = [Scheme.stored(name) for name in job.facts["menu"]]
         self.other_bytes = int(tables["other_bytes"])
         self._bytes = np.array(job.facts["bytes_table"], dtype=np.int64)
         names = job.facts["choices"]

@@ -24,13 +24,12 @@ from bitfront.documents import (
     job_document,
     point_document,
 )
-from bitfront.driving import JOB
 from bitfront.exporting import precision_map
 from bitfront.fronts import Front
 from bitfront.remembered import Fronts
 from bitfront.resolving import solve_again
 from cost_models.memory import PHASES
-from store.claims import holders
+from store.claims import JOB, holders
 from store.database import Store
 from store.errors import NotFoundError
 from store.events import add_event, events_after

@@ -23,6 +23,12 @@ class Scheme:
         return f"{self.weight}/{self.activation}"
 
     @classmethod
+    def stored(cls, name: str) -> "Scheme":
+        """Undo `name` where it was ours: nothing is looked up, and nothing imported."""
+        weight, _, activation = name.partition("/")
+        return cls(weight, activation or FULL_PRECISION)
+
+    @classmethod
     def parse(cls, name: str) -> "Scheme":
         """Undo `name`; raises `UnknownNameError` for formats that don't exist."""
         from quantization.formats import FORMATS  # torch: only once a format is really needed

@@ -26,6 +26,8 @@ from store.tables import Claim
 LEASE_S = 60.0
 RENEWALS = 4
 """Times that a lease is renewed before it would have expired."""
+JOB, EXPORT = "job:", "export:"
+"""What the claims of drivers begin with."""
 INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 

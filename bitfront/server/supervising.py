@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from bitfront.driving import EXPORT, JOB
 from quantization.errors import WorkerError
-from store.claims import claim, held, let_go, new_owner, settle
+from store.claims import EXPORT, JOB, claim, held, let_go, new_owner, settle
 from store.database import Store
 from store.errors import StoreError
 from store.submissions import attempt, open_exports, open_jobs

@@ -16,8 +16,9 @@ demo: $(VENV)/.demo
 	$(BIN)/bitfront export --point $$POINT --to map -o demo/map --force && \
 	$(BIN)/bitfront export --point $$POINT --to safetensors -o demo/checkpoint --force
 
+# two tests at a time, a thread each: on two cores that takes little more than half as long
 test: $(VENV)/.demo
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: format lint types test
 

@@ -62,7 +62,7 @@ class Bench:
                 self.resumed += 1
                 self.client.resume(job)
         for _ in range(AT_ONCE - sum(state != "done" for state in states.values())):
-            config = tiny_job(self.model, 60, seed=len(self.jobs), random_controls=12)
+            config = tiny_job(self.model, 400, seed=len(self.jobs), random_controls=12)
             self.jobs.append(self.client.submit(config)["id"])
 
     def rows(self) -> dict[str, float]:

@@ -78,6 +78,7 @@ def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[
         "memory_bytes": taken.memory_bytes(point.weight_bytes) if taken else None,
         "decode_s": latency.seconds(job, point.map_hash, "decode"),
         "prefill_s": latency.seconds(job, point.map_hash, "prefill"),
+        "times": next((kind for kind in ("measured", "predicted") if kind in known), None),
         "predicted_decode_s": predicted.get("decode"),
         "predicted_prefill_s": predicted.get("prefill"),
         "decode_j": joules.get("decode"),

@@ -100,7 +100,8 @@ class RayLauncher(Launcher):
             raise WorkerError(
                 f"can't reach Ray's Jobs API at '{jobs_address(address)}' ({_line(error)}); start "
                 "the cluster with its dashboard (`ray start --head`), and give its address "
-                "(http://HEAD:8265) by --ray"
+                "(http://HEAD:8265) by --ray; where it wants its token, set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN here, too"
             ) from error
 
     def start(self, name: str, arguments: Sequence[str], environment: dict[str, str]) -> None:

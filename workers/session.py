@@ -71,7 +71,7 @@ class Session:
     def __init__(self, spec: SessionSpec) -> None:
         self._spec = spec
         if spec.cache:
-            os.environ["BITFRONT_CACHE"] = spec.cache
+            os.environ.setdefault("BITFRONT_CACHE", spec.cache)  # a node may have its own
         torch.set_num_threads(spec.threads)
         self._schemes = {name: Scheme.parse(name) for row in spec.choices for name in row}
         self._choices = [[self._schemes[name] for name in row] for row in spec.choices]

@@ -2,7 +2,7 @@
 
 import { get, query } from "./api.js";
 import { failure, field, h, put, select } from "./dom.js";
-import { bits, bytes, fixed, kl, signed } from "./format.js";
+import { bits, bytes, fixed, kl, sentence, signed } from "./format.js";
 import { grid, legend } from "./grid.js";
 import { known, QUANTITIES } from "./quantities.js";
 import { diverging } from "./theme.js";
@@ -90,7 +90,7 @@ export async function comparison(element, a, b, signal, detail = null) {
 function result(found, details) {
   const { difference, differing, same } = found;
   return [
-    h("p", { class: "verdict" }, found.verdict),
+    h("p", { class: "verdict" }, sentence(found.verdict)),
     h(
       "p",
       {},

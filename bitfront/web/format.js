@@ -69,6 +69,9 @@ export const kl = (value) => digits(value, 3);
 export const percent = (value) => `${Math.round(100 * value)} %`;
 export const signed = (value, count = 3) => (value > 0 ? "+" : "") + digits(value, count);
 
+/** A clause of the API's as a sentence: a capital and a full stop. */
+export const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1).replace(/([^.!?])$/, "$1.");
+
 /** `60 × int4-g64, 2 × bf16`, the most frequent first. */
 export function counts(schemes) {
   return Object.entries(schemes || {})

@@ -41,7 +41,7 @@ export const QUANTITIES = {
   decode_s: {
     name: "decode latency",
     title: "seconds of a generated token",
-    of: (p) => p.decode_s ?? p.predicted_decode_s,
+    of: (p) => p.decode_s,
     show: seconds,
     parse: parseSeconds,
     scale: time,
@@ -51,7 +51,7 @@ export const QUANTITIES = {
   prefill_s: {
     name: "prefill latency",
     title: "seconds of a prompt",
-    of: (p) => p.prefill_s ?? p.predicted_prefill_s,
+    of: (p) => p.prefill_s,
     show: seconds,
     parse: parseSeconds,
     scale: time,
@@ -102,11 +102,8 @@ export function has(name, point) {
   return value !== null && value !== undefined && Number.isFinite(value);
 }
 
-/** Whether what `of` gives is a prediction: nothing was measured, or the API filled it in. */
-export function isPredicted(name, point) {
-  const guess = point[`predicted_${name}`];
-  return name.endsWith("_s") && guess !== null && guess !== undefined && (point[name] ?? guess) === guess;
-}
+/** Whether what `of` gives is a prediction, which stands in for seconds that nobody measured. */
+export const isPredicted = (name, point) => name.endsWith("_s") && point.times === "predicted";
 
 /** The points that nothing beats in both quantities: by rising x, each the lowest so far. */
 export function frontOf(points, x, y) {

@@ -21,7 +21,7 @@ class Served:
 
     def __init__(self, url: str, data: Path, root: Path, *more: str, ray: str = "none") -> None:
         self.url, self.data = url, data
-        self.port = _free_port()
+        self.port = free_port()
         self._arguments = ["--store", url, "--data", str(data), "--allow", str(root), "--ray", ray,
                            "--port", str(self.port), *more]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
@@ -86,7 +86,8 @@ def tiny_job(folder: Path, search_chunks=3, **more):
     }  # fmt: skip
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -19,7 +19,7 @@ from tests.bitfront.served import Served, tiny_job, wait_for
 from tests.bitfront.test_pipeline import small_config
 from workers.pool import InProcessPool
 
-LONG = 300
+LONG = 200
 """Chunks of search text: some thousand measurements, which a test can interrupt."""
 
 
@@ -57,6 +57,7 @@ def more_than(url, wanted):
     wait_for(f"{wanted} measurements", lambda: count(url) >= known + wanted)
 
 
+@only_postgres
 def test_killed_drivers_and_servers_lose_nothing(served, url, folder):
     """kill -9 of the driver, twice, then of the server: the job ends, nothing is measured again."""
     client = served.start()
@@ -84,7 +85,9 @@ def test_killed_drivers_and_servers_lose_nothing(served, url, folder):
     chunks = 4  # of the unquantized model on held-out text
     assert begun[1] <= begun[0] - (known[0] - chunks)
     assert begun[2] <= begun[0] - (known[1] - chunks)
-    assert count(url) == begun[0] + chunks * (1 + len(client.front(job)["points"]))
+    different = len(set(find_job(Store(url), job).facts["chunks"]["search"]))
+    maps = begun[0] // LONG
+    assert count(url) == maps * different + chunks * (1 + len(client.front(job)["points"]))
 
 
 @only_postgres
@@ -114,7 +117,7 @@ def test_cancelled_jobs_stop_and_go_on_when_they_are_resumed(served, url, folder
     assert client.wait(job)["state"] == "done"
     assert count(url) > known
     states = [event["state"] for event in client.log(job)[0] if event["event"] == "state"]
-    assert states == ["running", "cancelled", "cancelled", "queued", "running", "done"]
+    assert states == ["running", "cancelled", "queued", "running", "done"]
     assert set(states) <= set(STATES)
 
 

@@ -92,6 +92,7 @@ def test_the_front_is_the_stores(http, done):
     assert found["reference_perplexity"] == front.reference_perplexity
     schemes = found["points"][0]["schemes"]
     assert sum(schemes.values()) == len(front.candidates[found["points"][0]["id"]].schemes)
+    assert {point["times"] for point in found["points"]} == {None}
 
 
 def test_the_detail_has_the_bits_of_every_map(http, done):

@@ -12,6 +12,7 @@ import pytest
 from bitfront import latency
 from bitfront.budgets import working_bytes
 from bitfront.config import ConfigError, ServingConfig
+from bitfront.documents import front_document
 from bitfront.exporting import export_point
 from bitfront.fronts import Constraints, best_point, load_front
 from bitfront.pipeline import run_search, spec_of
@@ -100,6 +101,7 @@ def test_finalists_are_run_and_compared_with_the_prediction(done, store):
     assert any("was off from what they took" in line for line in front.findings)
     assert set(front.to_json()["times"]["points"]) == {point.id for point in front.points}
     json.dumps(front.to_json(), allow_nan=False)
+    assert {point["times"] for point in front_document(front)["points"]} == {"measured"}
 
 
 def test_a_query_limits_latency(done, store):
@@ -330,6 +332,7 @@ def test_a_catalogued_device_is_analytical_and_says_so(folder, store):
     assert any("Latency is analytical" in line for line in front.findings)
     for point in front.points:
         assert "measured" not in front.job.facts["times"]["maps"][point.map_hash]
+    assert {point["times"] for point in front_document(front)["points"]} == {"predicted"}
 
 
 def test_what_it_found_is_exported_and_served(done, store, tmp_path):

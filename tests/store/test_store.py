@@ -10,8 +10,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from store import database
 from store.database import HEAD, VERSION_TABLE, Store, alembic_config
-from store.errors import NotFoundError, StoreError
+from store.errors import NotFoundError, StoreAwayError, StoreError
 from store.queries import (
     QualityKey,
     find_job,
@@ -233,3 +234,31 @@ def test_studies_of_optuna_live_in_the_same_database(store, url):
     store.downgrade("0003")
     store.upgrade()
     assert len(optuna.load_study(study_name="job 1", storage=url).trials) == 2
+
+
+def test_connections_that_broke_while_they_were_idle_are_replaced(postgres_url, monkeypatch):
+    opened = Store(postgres_url).open()
+    assert list_jobs(opened) == []
+    _break_all(postgres_url)
+    monkeypatch.setattr(database, "IDLE_S", 0.0)
+    assert list_jobs(opened) == []
+
+
+def test_one_that_broke_in_use_is_told_of_once(postgres_url):
+    opened = Store(postgres_url).open()
+    assert list_jobs(opened) == []
+    _break_all(postgres_url)
+    with pytest.raises(StoreAwayError, match="is away"):
+        list_jobs(opened)
+    assert list_jobs(opened) == []
+
+
+def _break_all(url):
+    """As a restart of the server does."""
+    other = sqlalchemy.create_engine(url)
+    with other.connect() as connection:
+        connection.execute(sqlalchemy.text(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        ))  # fmt: skip
+    other.dispose()

@@ -138,9 +138,9 @@ def answer(
 
 
 def best_answer(answers: Sequence[Answer], by_size: bool) -> tuple[Answer, list[Answer]]:
-    """The best of several jobs' answers, and the best on each other held-out text.
+    """The best of several jobs' answers, and the best of each other model and held-out text.
 
-    KL is only comparable on the same text. What most answers were measured on decides.
+    KL is only comparable of the same model on the same text. What most answers are of decides.
 
     Args:
         answers: one at least.
@@ -148,7 +148,8 @@ def best_answer(answers: Sequence[Answer], by_size: bool) -> tuple[Answer, list[
     """
     groups: dict[tuple[str, ...], list[Answer]] = {}
     for found in answers:
-        groups.setdefault(tuple(found.front.job.facts["chunks"]["heldout"]), []).append(found)
+        job = found.front.job
+        groups.setdefault((job.model_hash, *job.facts["chunks"]["heldout"]), []).append(found)
 
     def rank(found: Answer) -> tuple[float, float]:
         sizes = float(found.point.weight_bytes), found.point.kl

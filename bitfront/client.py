@@ -109,12 +109,12 @@ class Client:
         return self._json("GET", "/jobs", params=where)
 
     def job(self, number: int | None = None) -> Document:
-        """A job with its progress and configuration; the newest for None."""
+        """A job with its progress and configuration; the latest that changed for None."""
         if number is None:
-            newest = self.jobs(limit=1)["jobs"]
+            newest = self.jobs(limit=200)["jobs"]
             if not newest:
                 raise ServerSaysError(f"no jobs at {self.url} yet; submit one")
-            number = newest[0]["id"]
+            number = max(newest, key=lambda job: (str(job["updated_at"]), job["id"]))["id"]
         return self._json("GET", f"/jobs/{number}")
 
     def cancel(self, number: int) -> Document:
@@ -149,7 +149,10 @@ class Client:
             except httpx.TransportError as error:
                 if time.monotonic() > end:
                     raise self._away(error) from error
-                time.sleep(PAUSE_S)
+            except ServerSaysError as error:
+                if error.status != 503 or time.monotonic() > end:
+                    raise
+            time.sleep(PAUSE_S)
 
     def log(self, number: int, after: int = 0) -> tuple[list[Document], int]:
         """All events after one, as far as they are there, and the number of the last."""
@@ -231,12 +234,16 @@ class Client:
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(f"{place.name}.part")
         path = f"/exports/{export}/files/{quote(name)}"
-        with self._http.stream("GET", path) as response, part.open("wb") as file:
-            if response.is_error:
-                response.read()
-                raise _refusal(response)
-            for chunk in response.iter_bytes():
-                file.write(chunk)
+        try:
+            with self._http.stream("GET", path) as response, part.open("wb") as file:
+                if response.is_error:
+                    response.read()
+                    raise _refusal(response)
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+        except httpx.TransportError as error:
+            part.unlink(missing_ok=True)
+            raise self._away(error) from error
         part.replace(place)
 
     def _stream(self, number: int, after: int | None) -> Iterator[Document]:
@@ -268,7 +275,7 @@ class Client:
                     raise self._away(error) from error
                 time.sleep(PAUSE_S)
                 continue
-            if response.status_code == 503 and time.monotonic() + PAUSE_S < end:
+            if response.status_code == 503 and may and time.monotonic() + PAUSE_S < end:
                 time.sleep(float(response.headers.get("Retry-After", PAUSE_S)))
                 continue
             if response.is_error:

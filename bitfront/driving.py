@@ -6,31 +6,48 @@ from the store.
 """
 
 import os
+import shutil
 import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bitfront.config import JobConfig
 from bitfront.fronts import load_front
+from bitfront.pipeline import HELDOUT, run_search
 from bitfront.progress import Advance
+from bitfront.timing import FINALISTS
 from quantization.errors import BitfrontError
 from search.errors import SearchError
-from store.claims import EXPORT, JOB, claim, held, holders, let_go, new_owner
+from store.claims import EXPORT, JOB, claim, held, let_go, new_owner
 from store.database import Store
 from store.errors import StoreError
 from store.events import add_event, log, save_progress
 from store.queries import end_job, find_job
-from store.submissions import DONE, FAILED, RUNNING, find_export, start_job, update_export
+from store.submissions import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    QUEUED,
+    RUNNING,
+    count_points,
+    find_export,
+    look_at_job,
+    start_job,
+    update_export,
+)
 from workers.sharing import renewed
 
 WATCH_S = 2.0
 """How often a driver looks whether it is still wanted."""
 BETWEEN_REPORTS_S = 1.0
+FRONT_CHANGES = (HELDOUT, FINALISTS)
+"""Stages after which a front is another one."""
 
 
 class _StoppedError(BaseException):
@@ -48,8 +65,8 @@ def drive_job(store: Store, number: int, address: str, cache: str | None) -> Non
     """
     key = f"{JOB}{number}"
 
-    def wanted() -> bool:
-        return find_job(store, number).state == RUNNING
+    def wanted() -> bool:  # one that is done has its log to finish
+        return look_at_job(store, number)[0].state not in {CANCELLED, QUEUED}
 
     with _alone(store, key, wanted) as mine:
         job = start_job(store, number) if mine else None
@@ -74,14 +91,14 @@ def drive_job(store: Store, number: int, address: str, cache: str | None) -> Non
 
 
 def _search(store: Store, number: int, address: str, cache: str | None) -> None:
-    from bitfront.pipeline import run_search
     from bitfront.plan import make_plan
-    from workers.pool import InProcessPool
-    from workers.ray_pool import Needs, RayPool
+    from workers.ray_pool import Needs
 
     job = find_job(store, number)
     launch = job.launch or {}
     needs = Needs(**{k: v for k, v in launch.items() if k in Needs.__dataclass_fields__})
+    if address == "local" and needs.workers:  # a machine is no larger than it is
+        needs = replace(needs, workers=min(needs.workers, os.cpu_count() or 1))
     log(store, number, "reading the model and the texts")
     plan = make_plan(JobConfig.model_validate(job.config))
     log(store, number, f"{plan.name}: {int(plan.open_units.sum())} units to decide, {plan.dtype}")
@@ -89,13 +106,22 @@ def _search(store: Store, number: int, address: str, cache: str | None) -> None:
     run_search(
         plan,
         store,
-        InProcessPool if address == "none" else lambda spec: RayPool(spec, address, needs, share),
+        partial(_open, address=address, needs=needs, share=share),
         StoreProgress(store, number),
         cache,
         submitted=number,
     )
     for finding in load_front(store, find_job(store, number)).findings:
         log(store, number, finding)
+
+
+def _open(spec: Any, address: str, needs: Any, share: Callable[[], float]) -> Any:
+    from workers.pool import InProcessPool
+    from workers.ray_pool import RayPool
+
+    if address == "none":
+        return InProcessPool(replace(spec, threads=os.cpu_count() or 1))
+    return RayPool(spec, address, needs, share)
 
 
 def _share(store: Store) -> float:
@@ -119,12 +145,21 @@ def drive_export(store: Store, number: int, root: Path) -> None:
             return
         update_export(store, number, state=RUNNING)
         folder = root / str(number)
+        shutil.rmtree(folder, ignore_errors=True)  # what a driver that was killed left behind
+        for left in root.glob(f".{number}-*"):
+            shutil.rmtree(left, ignore_errors=True)
         try:
             front = load_front(store, find_job(store, order.job_id))
             written = export_point(store, front, order.point, order.targets, folder, force=True)
         except (BitfrontError, SearchError) as error:
             update_export(store, number, state=FAILED, error=str(error))
             return
+        except StoreError:
+            raise
+        except Exception as error:  # a bug: the process's log has the trace
+            said = (str(error).splitlines() or [""])[0]
+            update_export(store, number, state=FAILED, error=f"{type(error).__name__}: {said}")
+            raise
         files = [
             {"name": file.relative_to(folder).as_posix(), "bytes": file.stat().st_size}
             for file in sorted(folder.rglob("*"))
@@ -144,7 +179,8 @@ def _alone(store: Store, key: str, wanted: Callable[[], bool]) -> Iterator[bool]
         return
 
     def check() -> None:
-        if holders(store, [key]).get(key) != owner or not wanted():
+        # a claim that ran out while the database was away, and that nobody took, is taken again
+        if key not in claim(store, owner, [key]) or not wanted():
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, _stop)
@@ -197,6 +233,9 @@ class StoreProgress:
 
         yield advance
         self._tell(label, done, steps)
+        if steps and label in FRONT_CHANGES:
+            points = count_points(self._store, [self._job_id]).get(self._job_id, 0)
+            add_event(self._store, self._job_id, "point", points=points)
         if steps:
             took = time.monotonic() - begun
             add_event(self._store, self._job_id, "stage", label=label, steps=steps, seconds=took)

@@ -28,6 +28,8 @@ ServerOption = Annotated[
     typer.Option(help="A server's URL. Default: $BITFRONT_SERVER, else the store is used itself."),
 ]
 POLL_S = 1.0
+LAST_LOOKS = 2
+"""After a job has ended: what it found is told last."""
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -167,16 +169,23 @@ def logs(
     found = where.job(job)
     events, after = where.log(found["id"])
     if as_json:
-        _json(events)
+        whole = events
+        while events:
+            events, after = where.log(found["id"], after)
+            whole = [*whole, *events]
+        _json(whole)
         return
+    over = 0
     while True:
         for event in events:
             typer.echo(log_line(event))
         sys.stdout.flush()
-        if not follow or (not events and found["state"] in ENDED):
+        over = 0 if events or found["state"] not in ENDED else over + 1
+        if (not follow and not events) or over > LAST_LOOKS:
             return
-        time.sleep(POLL_S)
-        found = where.job(found["id"])
+        if not events:
+            time.sleep(POLL_S)
+            found = where.job(found["id"])
         events, after = where.log(found["id"], after)
 
 

@@ -45,13 +45,15 @@ class Fronts:
             if known is None:
                 return None
             self._known.move_to_end(job_id)
-        is_fresh = is_running and time.monotonic() - known[1] < FRESH_S
-        return known[2] if known[0] == changed or is_fresh else None
+        if is_running:  # a shell's job is changed between stages only
+            return known[2] if time.monotonic() - known[1] < FRESH_S else None
+        return known[2] if known[0] == changed else None
 
     def _read(self, job_id: int, changed: datetime) -> Front:
         front = load_front(self._store, find_job(self._store, job_id))
         with self._lock:
             self._known[job_id] = changed, time.monotonic(), front
             while len(self._known) > MOST:
-                self._known.popitem(last=False)
+                gone, _ = self._known.popitem(last=False)
+                self._reading.pop(gone, None)
         return front

@@ -71,7 +71,7 @@ def solve_again(
         job: done, or near its end.
         average_bits: budgets as bits a weight of the units that the job decides.
         weight_bytes: budgets as bytes of the whole model.
-        limits_s: upper bounds on `decode_s` and `prefill_s`, for all of them.
+        limits_s: upper bounds on `decode_s` and `prefill_s`, for all of them; by default the job's.
 
     Raises:
         NoTablesError: the job has none (yet), or no times though they are limited.
@@ -84,10 +84,13 @@ def solve_again(
     if tables is None:
         raise NoTablesError(
             f"job {job.id} has no tables to be solved again with: they are kept when a search ends; "
-            "run it again with this version (what was measured is reused)"
+            "wait for its end, or search once more with another budget (what was measured is reused)"
         )
     given = _Given(job, tables)
-    problem, others = given.problem(limits_s or {})
+    serving = job.config.get("serving") or {}
+    own = {f"{phase}_s": serving.get(f"max_{phase}_s") for phase in PHASES}
+    limits_wanted = {**{n: s for n, s in own.items() if s is not None}, **(limits_s or {})}
+    problem, others = given.problem(limits_wanted)
     budgets = sorted({*weight_bytes, *(given.bytes_of(bits) for bits in average_bits)})
     limits = [budget - given.other_bytes for budget in budgets]
     solutions = sweep(problem, BYTES, limits, others)
@@ -137,7 +140,10 @@ class _Given:
             seconds = np.array(phase["seconds"], dtype=np.float64)
             offered &= np.isfinite(seconds)
             costs[name] = np.ceil(np.nan_to_num(seconds) * NANOSECONDS).astype(np.int64)
-            others[name] = int((limit_s - phase["overhead_s"]) * NANOSECONDS) + len(seconds)
+            fastest = np.where(offered, seconds, np.inf).min(axis=1).sum() + phase["overhead_s"]
+            careful = limit_s / (1 + (phase["error"] or 0.0))  # as when the job was searched
+            kept = min(limit_s, max(careful, float(fastest)))
+            others[name] = int((kept - phase["overhead_s"]) * NANOSECONDS) + len(seconds)
         if changes := rules.changes(menu, self.menu, self._offered):
             costs[rules.CHANGED], others[rules.CHANGED] = changes
         few = rules.few_formats(menu, self.menu)

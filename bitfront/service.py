@@ -46,7 +46,7 @@ from store.submissions import (
 from store.tables import Job
 
 Document = dict[str, Any]
-JOBS_A_PAGE = 50
+JOBS_A_PAGE, LOG_PAGE = 50, 2000
 
 
 class Desk(Protocol):
@@ -158,7 +158,7 @@ class Service:
     def log(self, number: int, after: int = 0) -> tuple[list[Document], int]:
         """See `Desk.log`."""
         find_job(self.store, number)
-        found = events_after(self.store, number, after)
+        found = events_after(self.store, number, after, limit=LOG_PAGE)
         return [event_document(event) for event in found], found[-1].id if found else after
 
     def solve(

@@ -44,7 +44,7 @@ def serve(
     from bitfront.server.serving import default_data
     from bitfront.server.serving import serve as run
     from bitfront.server.settings import ServerError, Settings, needs_tokens
-    from store.database import default_url
+    from store.database import absolute, default_url
 
     roots = tuple(folder.resolve() for folder in allow or ())
     for folder in roots:
@@ -52,8 +52,10 @@ def serve(
             raise ServerError(f"--allow {folder} is no folder")
     if auth not in {"auto", "on", "off"}:
         raise ServerError(f"--auth {auth}: it is auto, on or off")
+    if cache := os.environ.get("BITFRONT_CACHE"):
+        os.environ["BITFRONT_CACHE"] = str(Path(cache).resolve())
     settings = Settings(
-        store_url=store or default_url(),
+        store_url=absolute(store or default_url()),  # drivers work in a folder of their own
         data=(data or default_data()).resolve(),
         ray=ray,
         roots=roots,

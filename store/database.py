@@ -68,6 +68,19 @@ def default_url() -> str:
     return os.environ.get("BITFRONT_STORE") or f"sqlite:///{path}"
 
 
+def absolute(url: str) -> str:
+    """The same database for programs that work in other folders: SQLite's file by its whole path."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return url  # opening it says what is wrong
+    file = parsed.database or ""
+    if parsed.get_backend_name() != "sqlite" or not file or file.startswith((":memory:", "file:")):
+        return url
+    path = Path(file).expanduser().resolve()
+    return parsed.set(database=str(path)).render_as_string(hide_password=False)
+
+
 class Store:
     """A database of jobs and measurements. Threads may share it; processes each open their own.
 
@@ -228,7 +241,7 @@ def lasting(
     """A query that is asked again while the database is away, as long as its store has patience.
 
     What is asked must be one transaction that may be repeated: one whose commit was cut off may
-    have happened. So is one that came to the same new row at the same time as another.
+    have happened; or one that does little harm when it is (a line told twice). So is one that came to the same new row at the same time as another.
     """
 
     @wraps(query)

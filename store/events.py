@@ -20,7 +20,10 @@ def add_event(store: Store, /, job_id: int, kind: str, **data: Any) -> None:
 
 def log(store: Store, job_id: int, text: str, level: str = "info") -> None:
     """A line of the job's log."""
-    add_event(store, job_id, "log", level=level, text=text[:LONGEST_TEXT])
+    text = (
+        text if len(text) <= LONGEST_TEXT else f"… {text[-LONGEST_TEXT:]}"
+    )  # traces end in the error
+    add_event(store, job_id, "log", level=level, text=text)
 
 
 @lasting
@@ -48,10 +51,8 @@ def latest_event(store: Store, job_id: int) -> int:
 
 @lasting
 def save_progress(store: Store, job_id: int, progress: dict[str, Any]) -> None:
-    """Where a job is; whoever gets so far has started well."""
+    """Where a job is; a driver that has done a step has started well."""
+    good = {"attempts": 0} if progress["done"] else {}
     with store.session() as session:
-        session.execute(
-            update(Job)
-            .where(Job.id == job_id)
-            .values(progress=progress, attempts=0, updated_at=now())
-        )
+        told = update(Job).where(Job.id == job_id)
+        session.execute(told.values(progress=progress, updated_at=now(), **good))

@@ -67,6 +67,8 @@ def open_job(store: Store, key: str, weights_hash: str, config: dict[str, Any]) 
             session.add(job)
         else:
             job.updated_at, job.config = now(), config  # asked for again: the latest, where it lies
+            if job.state in {"failed", "cancelled"}:
+                job.launch = None  # it is this shell's now, and no server's
             if job.state != "done":
                 job.state, job.error = "running", None
         session.flush()

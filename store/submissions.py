@@ -85,6 +85,8 @@ def cancel_job(store: Store, job_id: int) -> Job:
         job = session.get_one(Job, job_id, with_for_update=True)
         if job.state not in OPEN:
             raise ConflictError(f"job {job.id} is {job.state}: there is nothing to cancel")
+        if job.launch is None:
+            raise ConflictError(f"job {job.id} runs in a shell: stop it there, with Ctrl-C")
         job.state, job.error = CANCELLED, None
         return job
 
@@ -130,6 +132,8 @@ def attempt(
     """
     with store.session() as session:
         found: Any = session.get_one(kind, number, with_for_update=True)
+        if found.state not in OPEN:
+            return False
         if by > 0 and found.attempts >= most:
             found.state = FAILED
             found.error = (
@@ -218,7 +222,7 @@ def job_stamp(store: Store, job_id: int) -> tuple[datetime, bool]:
 
 @lasting
 def jobs_of_model(store: Store, model: str | None) -> list[tuple[int, datetime, bool]]:
-    """Planned jobs of a model (by its name or weights' hash; None: of all), newest first.
+    """Planned jobs of a model (by part of its name or its weights' hash; None: of all), newest first.
 
     Each with its number, when its record was changed, and whether it runs.
     """
@@ -228,7 +232,9 @@ def jobs_of_model(store: Store, model: str | None) -> list[tuple[int, datetime, 
         .order_by(Job.id.desc())
     )
     if model is not None:
-        query = query.where(or_(Model.name == model, Model.weights_hash == model))
+        asked = Job.config["model"].as_string() == model  # `demo`, or a path
+        named = Model.name.icontains(model, autoescape=True)
+        query = query.where(or_(named, Model.weights_hash == model, asked))
     with store.reading() as session:
         rows = session.execute(query)
         return [(row.id, row.updated_at, row.state in OPEN) for row in rows]

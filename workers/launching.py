@@ -5,6 +5,7 @@ only says whether one that it has started is known to have ended, so that nobody
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from abc import ABC, abstractmethod
@@ -32,6 +33,10 @@ class Launcher(ABC):
         """
 
     @abstractmethod
+    def reap(self) -> None:
+        """Let go what has ended; called now and then."""
+
+    @abstractmethod
     def ended(self, name: str) -> bool:
         """Whether the latest one of that name, if this launcher knows it, has ended."""
 
@@ -48,11 +53,13 @@ class LocalLauncher(Launcher):
     def __init__(self, folder: Path, address: str = "local") -> None:
         self.address, self._folder = address, folder
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._ended: set[str] = set()
         (folder / "empty").mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
 
     def start(self, name: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
         """See `Launcher.start`."""
+        self._ended.discard(name)
         try:
             with (self._folder / "logs" / f"{name}.log").open("ab") as log:
                 self._children[name] = subprocess.Popen(  # noqa: S603  # our own command
@@ -63,10 +70,17 @@ class LocalLauncher(Launcher):
         except OSError as error:
             raise WorkerError(f"can't start a driver ({error})") from error
 
+    def reap(self) -> None:
+        """See `Launcher.reap`."""
+        for name, child in list(self._children.items()):
+            if child.poll() is not None:
+                del self._children[name]
+                self._ended.add(name)
+
     def ended(self, name: str) -> bool:
         """See `Launcher.ended`."""
-        child = self._children.get(name)
-        return child is not None and child.poll() is not None
+        self.reap()
+        return name in self._ended
 
     def stop(self) -> None:
         """Ask all that it has started to end; their jobs go on when a server starts them again."""
@@ -90,6 +104,9 @@ class RayLauncher(Launcher):
 
     address = "auto"
 
+    def reap(self) -> None:
+        """See `Launcher.reap`: Ray keeps its jobs itself."""
+
     def __init__(self, address: str) -> None:
         from ray.job_submission import JobSubmissionClient
 
@@ -106,7 +123,7 @@ class RayLauncher(Launcher):
 
     def start(self, name: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
         """See `Launcher.start`."""
-        command = " ".join(["python", "-m", "bitfront", *arguments])
+        command = shlex.join(["python", "-m", "bitfront", *arguments])
         try:
             self._names[name] = self._client.submit_job(
                 entrypoint=command, metadata={"bitfront": name},

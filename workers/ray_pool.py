@@ -28,6 +28,7 @@ START_PATIENCE_S = 300
 SHARE_S = 3.0
 """How often a pool that shares workers with others looks how many are its own."""
 START_PAUSE_S = 1.0
+MOST_FAILED_STARTS = 10
 OBJECT_STORE_BYTES = 128 * 2**20  # tasks and results are small; weights travel by the page cache
 
 
@@ -117,6 +118,7 @@ class RayPool(Pool):
         self._running: dict[Any, tuple[Any, Task, int]] = {}
         self._idle: deque[Any] = deque()
         self._starting: dict[Any, Any] = {}
+        self._failed_starts = 0
         self._actors: list[Any] = []
         if share is None:
             self._actors = [self._new_actor() for _ in range(most)]
@@ -191,11 +193,18 @@ class RayPool(Pool):
         actor = self._starting.pop(reference)
         try:
             ray.get(reference)
-        except RayError:
+        except RayError as failure:
             self._stop(actor)
             self._shared_at = -inf
+            self._failed_starts += 1
+            if self._failed_starts >= MOST_FAILED_STARTS:
+                raise WorkerError(
+                    f"{MOST_FAILED_STARTS} workers in a row could not be started "
+                    f"({_line(failure)}); install this version of Bitfront on every node"
+                ) from failure
             time.sleep(START_PAUSE_S)
         else:
+            self._failed_starts = 0
             self._free(actor)
 
     def _ended(self, reference: Any) -> Outcome | None:

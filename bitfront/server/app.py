@@ -6,19 +6,20 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bitfront.server import catalogue, exports, health, jobs, problems, questions, tokens
 from bitfront.server.context import Context
 from bitfront.server.schema import with_job
-from bitfront.server.settings import MOST_BODY_BYTES, Settings
+from bitfront.server.settings import LOOPBACK, MOST_BODY_BYTES, Settings
 from bitfront.server.supervising import Supervisor
 from store.database import Store
 
@@ -56,6 +57,8 @@ def create_app(settings: Settings, store: Store, supervisor: Supervisor | None =
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MOST_BODY_BYTES)
     problems.install(app)
     health.install(app)
+    if not settings.auth:
+        app.add_middleware(_Neighbours)
     app.add_middleware(_Headers)
     api = APIRouter(prefix=PREFIX)
     for module in (jobs, questions, exports, catalogue, tokens):
@@ -72,6 +75,34 @@ def _openapi(app: FastAPI, generated: Callable[[], dict[str, Any]]) -> dict[str,
     if app.openapi_schema is None:
         app.openapi_schema = with_job(generated())
     return app.openapi_schema
+
+
+class _Neighbours:
+    """Middleware of a server that asks for no token: only this machine's own pages may use it.
+
+    Bound to loopback, it is still reached by every page that a browser here shows: by another site's
+    forms (whose `Origin` tells), or under a name of that site's which leads to loopback.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            host, origin = headers.get("host", ""), headers.get("origin")
+            name = urlsplit(f"//{host}").hostname if host.isascii() else None
+            if name not in LOOPBACK or origin not in {None, f"http://{host}", f"https://{host}"}:
+                refusal = problems.problem(
+                    403,
+                    "Not allowed",
+                    "a server without tokens answers this machine's own pages and programs only, at "
+                    "127.0.0.1 or localhost; start it with --auth on",
+                )
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _Headers:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitfront.documents import export_document
 from bitfront.server.context import ExportId, Here, JobId, PointId
+from bitfront.server.policy import check_again
 from bitfront.server.problems import responses
 from bitfront.server.security import READ, Submitter
 from engines import ENGINES, LOADS, TARGETS, load_target
@@ -50,7 +51,10 @@ def order(context: Here, who: Submitter, job: JobId, point: PointId, wanted: Ord
     """Order an export: written, reloaded by the target's own loader and compared."""
     if context.service.fronts.get(job).point(point) is None:
         raise NotFoundError(f"job {job} has no measured point {point}")
-    names = [load_target(name).name for name in wanted.targets]
+    targets = [load_target(name) for name in wanted.targets]
+    if any(target.needs_model for target in targets):
+        check_again(find_job(context.store, job).config, context.settings.roots)
+    names = [target.name for target in targets]
     return export_document(order_export(context.store, job, point, names, who.name))
 
 

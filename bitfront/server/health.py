@@ -11,7 +11,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from bitfront.server.context import Context, Here
 from bitfront.server.problems import responses
 from bitfront.server.security import READ
-from store.claims import held
+from store.claims import JOB, held
+from store.database import HEAD
+from store.errors import StoreAwayError
 from store.submissions import STATES, count_rows
 
 router = APIRouter(tags=["health"])
@@ -46,7 +48,7 @@ class Metrics:
             self.jobs.labels(state).set(states.get(state, 0))
         for table, count in rows.items():
             self.rows.labels(table).set(count)
-        self.alive.set(len(held(context.store, "job:")))
+        self.alive.set(len(held(context.store, JOB)))
         self._counted_at = time.monotonic()
 
 
@@ -107,7 +109,11 @@ def health() -> dict[str, str]:
 @router.get("/ready", responses=responses(503))
 def ready(context: Here) -> dict[str, str]:
     """So does the database."""
-    context.store.version()
+    found = context.store.version()
+    if found != HEAD:
+        raise StoreAwayError(
+            f"the store has schema {found or 'empty'}, and this server needs {HEAD}"
+        )
     return {"status": "ready"}
 
 

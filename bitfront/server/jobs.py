@@ -11,13 +11,13 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from bitfront.documents import event_document, log_line
 from bitfront.server.context import MOST_ID, Here, JobId
-from bitfront.server.policy import job_of
+from bitfront.server.policy import check_again, job_of
 from bitfront.server.problems import responses
 from bitfront.server.schema import COMPONENTS, JOB, job_schema
 from bitfront.server.security import READ, Submitter
 from store.events import events_after, latest_event
 from store.queries import find_job
-from store.submissions import OPEN
+from store.submissions import OPEN, look_at_job
 from store.tables import Job
 
 router = APIRouter(
@@ -25,6 +25,7 @@ router = APIRouter(
 )
 WATCH_S = 0.7
 QUIET_S = 15.0
+LAST_LOOKS = 3
 LOG_PAGE = 2000
 
 JobBody = Annotated[
@@ -84,7 +85,7 @@ def cancel(context: Here, who: Submitter, job: JobId) -> dict[str, Any]:
 def resume(context: Here, who: Submitter, job: JobId) -> dict[str, Any]:
     """Go on with a job that failed, was cancelled, or lost the shell that it ran in."""
     found = find_job(context.store, job)
-    job_of(_as_body(found), context.settings.roots)  # one of a shell may be more than we run
+    check_again(found.config, context.settings.roots)
     return context.service.resume(job, who.name)
 
 
@@ -135,9 +136,9 @@ async def events(
     )  # fmt: skip
     yield ServerSentEvent(event="state", data={"state": found.state, "error": found.error})
     told: Any = None
-    quiet = 0.0
+    quiet, over = 0.0, 0
     while not await request.is_disconnected():
-        found = await run_in_threadpool(find_job, store, job)
+        found, _ = await run_in_threadpool(look_at_job, store, job)
         news = await run_in_threadpool(events_after, store, job, after)
         for event in news:
             after = event.id
@@ -148,17 +149,13 @@ async def events(
             yield ServerSentEvent(event="progress", data=told)
         elif not news:
             quiet += WATCH_S
-        if found.state not in OPEN and not news:
+        over = 0 if found.state in OPEN or news else over + 1
+        if over > LAST_LOOKS:  # a job that is done has its findings told after that
             return
         if quiet >= QUIET_S:  # or a proxy takes the stream for dead
             quiet = 0.0
             yield ServerSentEvent(comment="still here")
         await asyncio.sleep(WATCH_S)
-
-
-def _as_body(job: Job) -> dict[str, Any]:
-    """A job's configuration as somebody would submit it."""
-    return {name: value for name, value in job.config.items() if value is not None}
 
 
 schema_router = APIRouter(tags=["jobs"], dependencies=[READ])

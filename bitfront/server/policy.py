@@ -46,6 +46,15 @@ def job_of(body: dict[str, Any], roots: Sequence[Path]) -> tuple[JobConfig, dict
     return config, _launch(launch)
 
 
+def check_again(config: dict[str, Any], roots: Sequence[Path]) -> None:
+    """A job that came by another way: a shell may search what a server doesn't run.
+
+    Raises:
+        ConfigError: it isn't for a server.
+    """
+    job_of({name: value for name, value in config.items() if value is not None}, roots)
+
+
 def _menu(menu: Any) -> Any:
     if isinstance(menu, list):
         if not all(isinstance(name, str) for name in menu) or not menu:

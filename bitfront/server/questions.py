@@ -17,7 +17,7 @@ router = APIRouter(
     tags=["fronts"], dependencies=[READ], responses=responses(401, 403, 404, 422, 503)
 )
 
-MOST_BUDGETS = Field(max_length=64)
+MOST_BUDGETS = Field(max_length=8)
 Bytes = Annotated[int | None, Query(ge=1, le=2**62)]
 Number = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]
 Place = Annotated[str, Query(pattern=r"^[0-9]{1,9}:[0-9]{1,9}$", description="JOB:POINT")]

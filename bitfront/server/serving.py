@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import platformdirs
@@ -11,7 +12,7 @@ import uvicorn
 
 from bitfront.config import DEMO
 from bitfront.server.app import create_app
-from bitfront.server.policy import job_of
+from bitfront.server.policy import check_again, job_of
 from bitfront.server.settings import Settings
 from bitfront.server.supervising import Supervisor
 from store.database import Store
@@ -36,7 +37,8 @@ def serve(settings: Settings, host: str, port: int) -> None:
     cache = os.environ.get("BITFRONT_CACHE")
     environment = {"BITFRONT_CACHE": cache} if cache else {}
     signal.signal(signal.SIGTERM, _end)  # uvicorn raises it once more, when it has shut down
-    supervisor = Supervisor(store, launcher, settings.most_running, arguments, environment)
+    check = partial(check_again, roots=settings.roots)
+    supervisor = Supervisor(store, launcher, settings.most_running, arguments, environment, check)
     app = create_app(settings, store, supervisor)
     prepare()
     try:

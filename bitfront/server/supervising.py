@@ -7,14 +7,16 @@ may share a store, and one that comes back finds everything as it is.
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
-from quantization.errors import WorkerError
+from quantization.errors import BitfrontError, WorkerError
 from store.claims import EXPORT, JOB, claim, held, let_go, new_owner, settle
 from store.database import Store
 from store.errors import StoreError
-from store.submissions import attempt, open_exports, open_jobs
+from store.queries import find_job, update_job
+from store.submissions import FAILED, attempt, open_exports, open_jobs
 from store.tables import ExportOrder, Job
 from workers.launching import STORE, Launcher
 
@@ -40,6 +42,8 @@ class Supervisor:
         most: drivers at the same time.
         arguments: of all drivers, after the command and the number.
         environment: of all drivers.
+        check: refuses configurations that aren't for a server: what is submitted to the store
+            itself has passed no route.
     """
 
     def __init__(
@@ -49,7 +53,9 @@ class Supervisor:
         most: int,
         arguments: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        check: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> None:
+        self._check = check
         self._store, self._launcher, self._most = store, launcher, most
         self._arguments = list(arguments)
         self._environment = {STORE: store.url, **(environment or {})}
@@ -69,6 +75,7 @@ class Supervisor:
 
     def look(self) -> None:
         """Start what is missing, once."""
+        self._launcher.reap()
         busy = {prefix: held(self._store, prefix) for prefix in KINDS}
         launching = held(self._store, "launch:")
         running = sum(map(len, busy.values()))
@@ -84,7 +91,8 @@ class Supervisor:
 
     def _missing(self, busy: dict[str, dict[str, str]]) -> Iterator[str]:
         """Claims of drivers that there should be and that nobody holds."""
-        wanted = {JOB: open_jobs(self._store), EXPORT: open_exports(self._store)}
+        # exports first: they are short, and jobs may be many
+        wanted = {EXPORT: open_exports(self._store), JOB: open_jobs(self._store)}
         for prefix, numbers in wanted.items():
             for number in numbers:
                 if (key := f"{prefix}{number}") not in busy[prefix]:
@@ -104,6 +112,8 @@ class Supervisor:
         if not attempt(self._store, kind, int(number), MOST_ATTEMPTS):
             settle(self._store, self._owner, [launch])
             return False
+        if not self._is_ours(key, int(number)):
+            return False
         logger.info("starting the driver of %s", key)
         address = ["--address", self._launcher.address]
         try:
@@ -116,6 +126,17 @@ class Supervisor:
             claim(self._store, self._owner, [launch], AGAIN_S)
             return False
         self._launched[key] = time.monotonic()
+        return True
+
+    def _is_ours(self, key: str, number: int) -> bool:
+        """Whether a server may run it; a job that it may not run fails."""
+        if not key.startswith(JOB):
+            return True
+        try:
+            self._check(find_job(self._store, number).config)
+        except BitfrontError as error:
+            update_job(self._store, number, state=FAILED, error=str(error))
+            return False
         return True
 
     def _run(self) -> None:

@@ -7,7 +7,7 @@ import { known, QUANTITIES } from "./quantities.js";
 
 const LIMITS = Object.keys(QUANTITIES).filter((name) => QUANTITIES[name].limit);
 
-/** #/query, whose parameters fill in the form: #/query?model=demo&weight_bytes=120MB */
+/** #/query, whose parameters fill in the form: #/query?model=SmolLM2&weight_bytes=120MB */
 export async function page(main, { search }, signal) {
   const { jobs } = await get(`/jobs${query({ limit: 200 })}`, signal);
   const names = newId("models");

@@ -11,7 +11,7 @@ export function resolve(node, root) {
       .slice(2)
       .split("/")
       .reduce((part, key) => part[key], root);
-    return resolve({ args: argsOf(found.description), ...found, ...own }, root); // the class's words are more general
+    return resolve({ ...found, ...own }, root); // the class's words are more general
   }
   const options = (node.anyOf || node.oneOf || []).filter((option) => option.type !== "null");
   if (options.length === 1) return resolve({ ...options[0], ...without(node, ["anyOf", "oneOf"]) }, root);
@@ -35,18 +35,6 @@ export function withAt(body, [key, ...rest], value) {
   return copy;
 }
 
-/** What the Args section of a docstring says of each field: schemas made of Python classes have it. */
-function argsOf(description = "") {
-  const found = {};
-  let name = null;
-  for (const line of (description.split("Args:")[1] || "").split("\n")) {
-    const [, start, text] = /^\s{4}(\w+): (.*)$/.exec(line) || [];
-    if (start) found[(name = start)] = text;
-    else if (name && line.trim()) found[name] += ` ${line.trim()}`;
-  }
-  return found;
-}
-
 const first = (text = "") => text.split(/\n\n?Args:/)[0].trim();
 /** With a capital, unless it begins with a list of names. */
 const sentence = (text) => (/^[\w-]+,/.test(text) ? text : text.charAt(0).toUpperCase() + text.slice(1));
@@ -58,14 +46,13 @@ const words = (name) =>
 
 /** The fields of an object's properties. `form` = {root, body, fields, change(), lists}. */
 export function fieldsOf(node, form, path = [], names = null) {
-  const help = node.args || argsOf(node.description);
   return (names || Object.keys(node.properties))
     .filter((name) => node.properties[name])
     .map((name) => {
       const child = resolve(node.properties[name], form.root);
       child.default ??= node.default?.[name]; // an object's default is that of its fields
       const hint = sentence(
-        first(node.properties[name].description || help[name] || (child.properties ? child.description : "")),
+        first(node.properties[name].description || (child.properties ? child.description : "")),
       );
       const required = node.required?.includes(name) && !path.length;
       return one(child, form, [...path, name], hint, required);

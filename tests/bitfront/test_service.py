@@ -22,13 +22,14 @@ from search.exact import solve
 from store.claims import claim
 from store.database import Store
 from store.events import add_event, log
-from store.queries import candidates_of, find_job
+from store.queries import candidates_of, find_job, open_job, update_job
 from store.tokens import create_token, revoke_token
 from tests.bitfront.served import wait_for
 from tests.bitfront.test_pipeline import small_config
 from workers.pool import InProcessPool
 
 API = "/api/v1"
+HERE = "http://127.0.0.1"
 OPEN_ROUTES = {"/health", "/ready"}
 
 
@@ -57,7 +58,7 @@ def app(done, root, tmp_path):
 
 @pytest.fixture
 def http(app):
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, HERE, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -443,7 +444,7 @@ def test_while_the_database_is_away_the_server_says_when_to_ask_again(tmp_path, 
         folder = server.get_postmaster_info().socket_dir
         store = Store(f"postgresql+psycopg://postgres:@/postgres?host={folder}").open()
         app = create_app(settings_of(store, tmp_path), store)
-        with TestClient(app, raise_server_exceptions=False) as http:
+        with TestClient(app, HERE, raise_server_exceptions=False) as http:
             made = http.post(f"{API}/jobs", json={"model": "demo"}).json()
             server.stop()
             for path in ("/ready", f"{API}/jobs"):
@@ -475,3 +476,42 @@ def test_a_job_that_lives_is_shown_so(http, done):
     claim(store, "elsewhere/1/00", [f"job:{job}"])
     assert http.get(f"{API}/jobs/{job}").json()["alive"]
     http.post(f"{API}/jobs/{job}/cancel")
+
+
+def test_a_server_without_tokens_answers_only_this_machines_pages(app):
+    """Names that lead to loopback by another's DNS, and forms of other sites, are refused."""
+    with TestClient(app, HERE, raise_server_exceptions=False) as http:
+        for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+            text = problem(http.post(f"{API}/jobs/1/cancel", headers=headers), 403)
+            assert "start it with --auth on" in text
+        mine = {"Host": "localhost:8400", "Origin": "http://localhost:8400"}
+        assert http.get(f"{API}/jobs", headers=mine).status_code == 200
+
+
+def test_what_a_shell_searched_is_not_exported_with_code_of_models(done, root, tmp_path):
+    """Somebody's shell trusted a model's code; the server that shares its store doesn't."""
+    store, job, _ = done
+    config = find_job(store, job).config
+    update_job(store, job, config={**config, "trust_remote_code": True})
+    try:
+        http = TestClient(create_app(settings_of(store, tmp_path, root), store), HERE)
+        point = http.get(f"{API}/jobs/{job}/front").json()["points"][0]["id"]
+        path = f"{API}/jobs/{job}/points/{point}/exports"
+        refused = http.post(path, json={"targets": ["safetensors"]})
+        assert "runs no code of models" in problem(refused, 422)
+        assert http.post(path, json={"targets": ["map"]}).status_code == 202
+    finally:
+        update_job(store, job, config=config)
+
+
+def test_a_database_without_tables_is_not_ready(tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/empty.sqlite")
+    http = TestClient(create_app(settings_of(store, tmp_path), store), HERE)
+    assert "schema empty" in problem(http.get("/ready"), 503)
+
+
+def test_jobs_of_a_shell_are_stopped_in_their_shell(http, done):
+    store, _, plan = done
+    job = open_job(store, "in a shell", plan.checkpoint.weights_hash, {"model": "demo"})
+    assert "stop it there" in problem(http.post(f"{API}/jobs/{job.id}/cancel"), 409)
+    update_job(store, job.id, state="failed")

@@ -79,7 +79,10 @@ def site(chromium, tiny_folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     root = tiny_folders("llama")
     store = Store(f"sqlite:///{folder}/s.sqlite").open()
-    searches = [small_config(root, budgets=bits) for bits in ([2.8, 3.6, 4.4, 5.4], [3.2, 4, 4.8])]
+    searches = [
+        small_config(root, budgets=bits, estimators=["fisher"])
+        for bits in ([2.8, 3.6, 4.4, 5.4], [3.2, 4, 4.8])
+    ]
     done, timed = (run_search(make_plan(c), store, InProcessPool, Silent()) for c in searches)
     update_job(
         store, timed, facts={"times": made_up_times(load_front(store, find_job(store, timed)))}

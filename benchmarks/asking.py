@@ -86,6 +86,8 @@ class Target:
 
 async def _ask(app: Any, method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
     path, _, query = target.partition("?")
+    if not any(name.lower() == "host" for name in headers):
+        headers = {"Host": "127.0.0.1", **headers}
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
         "method": method, "scheme": "http", "path": unquote(path), "query_string": query.encode(),

@@ -63,6 +63,9 @@ def serve(url: str, port: int, data: Path) -> None:
         def start(self, name: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
             """See `Launcher.start`."""
 
+        def reap(self) -> None:
+            """See `Launcher.reap`."""
+
         def ended(self, name: str) -> bool:
             """See `Launcher.ended`."""
             return False

@@ -49,7 +49,7 @@ def sleeping(url: str, workers: int, tasks: int, seconds: float) -> dict[str, An
     store, owner = Store(url).open(), new_owner()
     stamp = owner.rpartition("/")[2][:8]
     wanted = [
-        Task("sleep", {"seconds": seconds}, key=f"{stamp}-{i:056d}", table=Measurement)
+        Task("sleep", {"seconds": seconds}, key=f"{stamp}-{i:055d}", table=Measurement)
         for i in range(tasks)
     ]
     inner = RayPool(None, needs=Needs(workers, cpus=0.01), make=Sleeper)

@@ -56,7 +56,7 @@ class Needs:
 
     Args:
         workers: replicas; by default one a GPU, or up to eight a machine.
-        cpus: cores of each; by default its share of all.
+        cpus: cores of each, and so its threads; by default its share of all.
         gpus: of each; by default one where there are any.
         accelerator_type: such as `H100`, where nodes differ.
         memory_bytes: of each, which Ray reserves; by default nothing is reserved.
@@ -96,7 +96,8 @@ class RayPool(Pool):
         machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
         most = needs.workers or gpus or min(cores, MOST_LOCAL_WORKERS * max(len(machines), 1))
         largest = int(max(machines, default=1)) or 1
-        threads = max(min(cores // most, largest), 1)
+        own = cores // most if needs.cpus is None else int(needs.cpus)
+        threads = max(min(own, largest), 1)
         options: dict[str, Any] = {
             "num_cpus": min(threads, cores / most) if needs.cpus is None else needs.cpus,
             "num_gpus": min(1, gpus / most) if needs.gpus is None else needs.gpus,
@@ -119,6 +120,7 @@ class RayPool(Pool):
         self._idle: deque[Any] = deque()
         self._starting: dict[Any, Any] = {}
         self._failed_starts = 0
+        self._ready: deque[Outcome | Exception] = deque()
         self._actors: list[Any] = []
         if share is None:
             self._actors = [self._new_actor() for _ in range(most)]
@@ -176,17 +178,34 @@ class RayPool(Pool):
     def next(self) -> Outcome:
         """See `Pool.next`."""
         while True:
-            if not self._running and not self._queue:
+            if not self._running and not self._queue and not self._ready:
                 raise LookupError("no task is queued")
             self._resize()
             self._dispatch()
-            wanted = [*self._running, *self._starting]
-            [*done], _ = ray.wait(wanted, num_returns=1, timeout=SHARE_S if self._share else None)
-            for reference in done:
+            self._collect()
+            if self._ready:
+                found = self._ready.popleft()
+                if isinstance(found, Outcome):
+                    return found
+                raise found
+
+    def _collect(self) -> None:
+        """Take all that has ended; wait where there is nothing to give the caller yet.
+
+        Every worker that is free has its next task then, while the caller saves one result.
+        """
+        wanted = [*self._running, *self._starting]
+        if not self._ready:
+            ray.wait(wanted, num_returns=1, timeout=SHARE_S if self._share else None)
+        done, _ = ray.wait(wanted, num_returns=len(wanted), timeout=0) if wanted else ([], [])
+        for reference in done:
+            try:
                 if reference in self._starting:
                     self._started(reference)
                 elif outcome := self._ended(reference):
-                    return outcome
+                    self._ready.append(outcome)
+            except (RayTaskError, WorkerError) as error:  # told after what others have measured
+                self._ready.append(error)
 
     def _started(self, reference: Any) -> None:
         """An actor is there, or can't be made: then another one is."""
@@ -229,8 +248,10 @@ class RayPool(Pool):
     def drop(self) -> None:
         """See `Pool.drop`."""
         self._queue.clear()
+        self._ready.clear()
         while self._running:
             self.next()
+            self._ready.clear()
 
     def close(self) -> None:
         """See `Pool.close`."""

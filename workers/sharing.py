@@ -57,12 +57,16 @@ class SharingPool(Pool):
             self._waiting.append(task)
 
     def next(self) -> Outcome:
-        """See `Pool.next`; outcomes that are known have no value, and their result is stored."""
-        self._settle()
+        """See `Pool.next`; outcomes that are known have no value, and their result is stored.
+
+        Claims on what has been saved are let go with the next ones that are made, or at the end.
+        """
         while True:
             self._feed()
             if self._known:
                 return Outcome(self._known.popleft(), known=True)
+            if not self._waiting:
+                self._settle()
             if self._inside:
                 outcome = self._pool.next()
                 self._inside -= 1
@@ -118,6 +122,7 @@ class SharingPool(Pool):
             tasks = [
                 self._waiting.popleft() for _ in range(min(most - self._inside, len(self._waiting)))
             ]
+            self._settle()
             mine = claim(self._store, self._owner, [str(task.key) for task in tasks])
             there = _known(self._store, [task for task in tasks if task.key in mine])
             self._claimed |= mine

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bitfront import following, services, storekeeping, studies
+from bitfront import following, service_commands, storekeeping, studies
 from bitfront.following import ServerOption
 from bitfront.options import (
     AddressOption,
@@ -47,10 +47,10 @@ app.command()(studies.formats)
 app.command()(studies.devices)
 app.command()(studies.engines)
 app.command()(studies.profile)
-app.command()(services.serve)
-app.command(hidden=True)(services.drive)
-app.command("drive-export", hidden=True)(services.drive_export)
-app.add_typer(services.tokens, name="tokens")
+app.command()(service_commands.serve)
+app.command(hidden=True)(service_commands.drive)
+app.command("drive-export", hidden=True)(service_commands.drive_export)
+app.add_typer(service_commands.tokens, name="tokens")
 
 
 def _show_version(wanted: bool) -> None:

@@ -5,7 +5,7 @@ methods over HTTP.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bitfront.answering import (
     Answer,
@@ -16,7 +16,6 @@ from bitfront.answering import (
     compare,
     footprint,
 )
-from bitfront.config import JobConfig
 from bitfront.documents import (
     detail_document,
     event_document,
@@ -24,10 +23,8 @@ from bitfront.documents import (
     job_document,
     point_document,
 )
-from bitfront.exporting import precision_map
 from bitfront.fronts import Front
 from bitfront.remembered import Fronts
-from bitfront.resolving import solve_again
 from cost_models.memory import PHASES
 from store.claims import JOB, holders
 from store.database import Store
@@ -45,6 +42,9 @@ from store.submissions import (
 )
 from store.tables import Job
 
+if TYPE_CHECKING:
+    from bitfront.config import JobConfig  # pydantic
+
 Document = dict[str, Any]
 JOBS_A_PAGE, LOG_PAGE = 50, 2000
 
@@ -52,7 +52,7 @@ JOBS_A_PAGE, LOG_PAGE = 50, 2000
 class Desk(Protocol):
     """Where jobs are handed in and asked for: a store, or a server."""
 
-    def submit(self, config: JobConfig, launch: Document, once: str | None = None) -> Document:
+    def submit(self, config: "JobConfig", launch: Document, once: str | None = None) -> Document:
         """A job for whoever serves the store."""
 
     def job(self, number: int | None) -> Document:
@@ -102,7 +102,7 @@ class Service:
         self.fronts = Fronts(store)
 
     def submit(
-        self, config: JobConfig, launch: Document, once: str | None = None, by: str | None = None
+        self, config: "JobConfig", launch: Document, once: str | None = None, by: str | None = None
     ) -> Document:
         """See `Desk.submit`."""
         document = config.model_dump(mode="json")
@@ -150,6 +150,8 @@ class Service:
 
     def precision_map(self, number: int, point: int) -> Document:
         """The neutral map of a point; raises `NotFoundError`."""
+        from bitfront.exporting import precision_map
+
         front = self.fronts.get(number)
         if (wanted := front.point(point)) is None:
             raise NotFoundError(f"job {number} has no measured point {point}")
@@ -169,6 +171,8 @@ class Service:
         limits_s: Mapping[str, float] | None = None,
     ) -> Document:
         """See `Desk.solve`."""
+        from bitfront.resolving import solve_again
+
         job = find_job(self.store, number)
         return solve_again(self.store, job, average_bits, weight_bytes, dict(limits_s or {}))
 

@@ -11,12 +11,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import ColumnElement, delete, extract, func, literal, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from store.database import Store, lasting
@@ -28,7 +28,6 @@ RENEWALS = 4
 """Times that a lease is renewed before it would have expired."""
 JOB, EXPORT = "job:", "export:"
 """What the claims of drivers begin with."""
-INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
 def new_owner() -> str:
@@ -43,7 +42,9 @@ def claim(store: Store, owner: str, keys: Sequence[str], lease_s: float = LEASE_
     with store.session() as session:
         now = clock(session)
         _bury(session, keys, now)
-        insert = INSERT[session.get_bind().dialect.name]
+        # SQLAlchemy has both in modules that queries needn't wait for
+        dialect = session.get_bind().dialect.name
+        insert: Any = import_module(f"sqlalchemy.dialects.{dialect}").insert
         for start in range(0, len(keys), KEYS_A_QUERY):
             part = keys[start : start + KEYS_A_QUERY]
             rows = [{"key": k, "owner": owner, "expires_at": now + lease_s} for k in sorted(part)]

@@ -76,6 +76,8 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = (url or os.environ.get(SERVER) or "http://127.0.0.1:8400").rstrip("/")
+        if "://" not in self.url:
+            self.url = f"http://{self.url}"
         token = token or os.environ.get(TOKEN)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._patience_s = patience_s
@@ -190,7 +192,8 @@ class Client:
         """The best measured map within limits.
 
         Args:
-            limits: upper bounds by name (`answering.LIMITS`).
+            limits: upper bounds by name: `weight_bytes`, `average_bits`, `kl`, `memory_bytes`,
+                `decode_s`, `prefill_s`.
             where: `job`, `model`, `engine`, `device`; and the workload's `batch` and `context`.
         """
         given = {k: v for k, v in {**limits, **where}.items() if v is not None}

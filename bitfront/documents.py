@@ -166,6 +166,8 @@ def log_line(event: Mapping[str, Any]) -> str:
     if event["event"] == "stage":
         took = f"{event['seconds']:.1f} s" if event["seconds"] is not None else "begins"
         return f"{at}  stage  {event['label']} ({event['steps']} steps): {took}"
+    if event["event"] == "point":
+        return f"{at}  point  {event['points']} points are measured"
     who = f" (by {event['by']})" if event.get("by") else ""
     said = f": {event['error']}" if event.get("error") else ""
     return f"{at}  state  {event.get('state')}{who}{said}"

@@ -246,6 +246,6 @@ class StoreProgress:
         elapsed = self._told_at - self._start
         progress = {
             "stage": label, "done": done, "steps": steps, "share": share, "elapsed_s": elapsed,
-            "left_s": elapsed * (1 - share) / share if share > 0.02 else None,
+            "left_s": elapsed * (1 - share) / share if 0.02 < share < 1 else None,
         }  # fmt: skip
         save_progress(self._store, self._job_id, progress)

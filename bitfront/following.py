@@ -25,20 +25,24 @@ from quantization.errors import BitfrontError
 
 ServerOption = Annotated[
     str | None,
-    typer.Option(help="A server's URL. Default: $BITFRONT_SERVER, else the store is used itself."),
+    typer.Option(
+        help="A server's URL; its token is $BITFRONT_TOKEN. Default: $BITFRONT_SERVER, else the "
+        "store is used itself."
+    ),
 ]
 POLL_S = 1.0
+WATCHING_PATIENCE_S = 900.0
 LAST_LOOKS = 2
 """After a job has ended: what it found is told last."""
 ENDED = ("done", "failed", "cancelled")
 
 
-def desk(server: str | None, store: str | None) -> Any:
+def desk(server: str | None, store: str | None, patience_s: float | None = None) -> Any:
     """Where jobs are handed in and asked for: a `service.Desk`."""
     if server := server_of(server):
         from bitfront.client import Client
 
-        return Client(server)
+        return Client(server, patience_s=patience_s) if patience_s else Client(server)
     from bitfront.service import Service
 
     return Service(open_store(store))
@@ -87,7 +91,10 @@ def submitting(search: Callable[..., None]) -> Callable[..., None]:
             _json(found)
             return
         typer.echo(found["id"])
-        sys.stderr.write(f"job {found['id']} is {found['state']}; bitfront watch {found['id']}\n")
+        there = f" --server {server}" if server else ""
+        sys.stderr.write(
+            f"job {found['id']} is {found['state']}; bitfront watch {found['id']}{there}\n"
+        )
 
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
@@ -141,8 +148,8 @@ def watch(
     as_json: JsonOption = False,
 ) -> None:
     """Watch a job until it ends: progress on stderr, the job as it ended on stdout."""
-    where = desk(server, store)
-    number = where.job(job)["id"]
+    number = desk(server, store).job(job)["id"]
+    where = desk(server, store, WATCHING_PATIENCE_S)  # jobs outlive their server, and so do we
     with _bar() as show:
         while (found := where.job(number))["state"] not in ENDED:
             show(found)

@@ -1,6 +1,7 @@
 """Commands of the service: `serve`, tokens, and the drivers that a server starts."""
 
 import os
+import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +64,14 @@ def serve(
         most_running=most_running,
         version=version("bitfront"),
     )
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"can't serve at {host}:{port} ({error.strerror}); --port names another"
+            ) from error
     needed = "tokens are needed" if settings.auth else "no token is needed"
     sys.stderr.write(f"Bitfront at http://{host}:{port} ({needed}); Ctrl-C ends it\n")
     run(settings, host, port)

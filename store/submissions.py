@@ -190,7 +190,7 @@ def look_at_job(store: Store, number: int) -> tuple[Job, str]:
 
 
 def _no_job(number: int) -> NotFoundError:
-    return NotFoundError(f"no job {number} in the store; the jobs are listed at /api/v1/jobs")
+    return NotFoundError(f"no job {number} in the store; `bitfront jobs` and the page list them")
 
 
 def _jobs_with_models() -> Any:

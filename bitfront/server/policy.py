@@ -152,7 +152,9 @@ def _check_source(loc: list[str], source: str, roots: Sequence[Path]) -> None:
     folders = ", ".join(map(str, roots)) or "none: start it with --allow FOLDER"
     kinds = {"model": "a hub id, `demo`, or ", "texts": "`python-docs`, `datasets:OWNER/NAME`, or "}
     raise _problem(
-        loc, f"{kinds.get(loc[0], '')}a whole path in a folder that the server allows ({folders})"
+        loc,
+        f"'{source[:80]}' is not {kinds.get(loc[0], '')}a whole path in a folder that the server "
+        f"allows ({folders})",
     )
 
 

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitfront.answering import LIMITS
 from bitfront.config import Bits, Seconds
 from bitfront.config import Bytes as Size
 from bitfront.server.context import MOST_ID, Here, JobId, PointId
@@ -17,6 +18,10 @@ router = APIRouter(
     tags=["fronts"], dependencies=[READ], responses=responses(401, 403, 404, 422, 503)
 )
 
+QUERY = {
+    *LIMITS, "model", "job", "engine", "device", "batch", "context",
+}  # fmt: skip
+"""What `query` takes."""
 MOST_BUDGETS = Field(max_length=8)
 Bytes = Annotated[int | None, Query(ge=1, le=2**62)]
 Number = Annotated[float | None, Query(gt=0, allow_inf_nan=False)]
@@ -69,6 +74,7 @@ def the_map(context: Here, job: JobId, point: PointId) -> JSONResponse:
 
 @router.get("/query")
 def query(
+    request: Request,
     context: Here,
     model: Annotated[str | None, Query(max_length=500, pattern=r"^[^\x00]*$")] = None,
     job: Annotated[int | None, Query(ge=1, le=MOST_ID)] = None,
@@ -89,6 +95,10 @@ def query(
     same held-out text only: the text that most jobs used counts, and `others` has the best on each
     other one.
     """
+    if unknown := set(request.query_params) - QUERY:
+        raise BitfrontError(  # or the answer would break a limit that was misspelt
+            f"no parameter {', '.join(sorted(unknown))}; there are {', '.join(sorted(QUERY))}"
+        )
     limits: dict[str, float | None] = {
         "weight_bytes": weight_bytes, "memory_bytes": memory_bytes, "average_bits": average_bits,
         "kl": kl, "decode_s": decode_s, "prefill_s": prefill_s,

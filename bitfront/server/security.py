@@ -45,7 +45,7 @@ def _unauthorized(what: str) -> HTTPException:
     return HTTPException(
         401,
         f"{what}: send `Authorization: Bearer TOKEN`; `bitfront tokens create NAME` makes one on "
-        "the server's store",
+        "the server's store, and the commands and the Python client send $BITFRONT_TOKEN",
         {"WWW-Authenticate": "Bearer"},
     )
 

@@ -31,6 +31,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         WorkerError: the cluster's Jobs API can't be reached.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     store = Store(settings.store_url).open()
     launcher = make_launcher(settings)
     arguments = ["--data", str(settings.data)]

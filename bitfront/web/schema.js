@@ -86,9 +86,11 @@ export function bind({ control, read, write, wide }, form, path, label, hint) {
   control.addEventListener(control.matches("select, [type=checkbox]") ? "change" : "input", () => {
     try {
       const value = read();
+      known.unread = null;
       box.fail(null);
       form.set(path, value);
     } catch (error) {
+      known.unread = error.message; // nothing is sent while this stands in the field
       box.fail(error.message);
     }
   });

@@ -178,8 +178,12 @@ function textPanel(form) {
 }
 
 async function send(form, button, outcome) {
-  form.fields.forEach(({ box }) => box.fail(null));
+  form.fields.forEach(({ box, unread }) => box.fail(unread ?? null));
   put(outcome);
+  if ([...form.fields.values()].some(({ unread }) => unread)) {
+    document.querySelector(".submit [aria-invalid=true]")?.focus();
+    return;
+  }
   button.disabled = true;
   try {
     const job = await post("/jobs", form.body, { "Idempotency-Key": form.key });

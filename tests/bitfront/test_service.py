@@ -128,6 +128,14 @@ def test_queries_are_answered_as_on_the_store(http, done):
     assert "nothing was measured of other yet" in problem(unknown, 404)
 
 
+def test_a_limit_that_is_misspelt_is_no_query(http, done):
+    """It would be answered as if there were none."""
+    _, job, _ = done
+    for name in ("max_bits", "bits", "weight_byte"):
+        text = problem(http.get(f"{API}/query", params={name: 4.5, "job": job}), 422)
+        assert f"no parameter {name}; there are average_bits" in text
+
+
 def test_a_query_over_all_jobs_finds_the_best_of_each_text(done, tmp_path, root):
     """A second job with a larger menu on the same text wins; one on other text stands beside."""
     opened, job, plan = done

@@ -243,6 +243,12 @@ def test_form_posts_the_body_that_it_shows(visit, site):
         "serving": {"max_memory_bytes": 2**31},
     }  # fmt: skip
     assert json.loads(page.locator("textarea.code").input_value()) == expected
+    budgets = page.get_by_label("Budgets", exact=True)
+    budgets.fill("4.1 bits")  # nothing is sent without the budget that somebody meant
+    page.get_by_role("button", name="Start the job").click()
+    assert budgets.get_attribute("aria-invalid") == "true"
+    assert posted == []
+    budgets.fill("3.5, 4.25")
     page.get_by_label("As", exact=True).select_option("yaml")
     assert "budgets: [3.5, 4.25]" in page.locator("textarea.code").input_value()
     page.get_by_role("button", name="Start the job").click()

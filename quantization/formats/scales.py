@@ -6,7 +6,7 @@ back. What comes back is never zero, so that dividing by it is safe.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import prod
+from math import ceil, log2, prod
 
 import torch
 from torch import Tensor
@@ -100,7 +100,8 @@ class PowerOfTwo(ScaleType):
             scales = (reach / element.largest).clamp(min=2.0**-127)
             exponent = _floor_log2(scales)
             exponent += scales > torch.ldexp(torch.ones_like(scales), exponent)
-            _check(scales, 2.0**127, "E8M0")
+            # the extreme codes times the scale are float32 numbers, too
+            _check(scales, 2.0 ** (127 - ceil(log2(element.largest + 1))), "E8M0")
         return {"scales": (exponent.clamp(-127, 127) + 127).to(torch.uint8)}
 
     def load(self, grid: Grid) -> Tensor:

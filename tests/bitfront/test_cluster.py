@@ -1,21 +1,25 @@
 """Searches as jobs of a Ray cluster: they go on without the server that submitted them."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 from tests.bitfront.served import Served, free_port, tiny_job, wait_for
-from workers.launching import RayLauncher, jobs_address
+from workers.launching import jobs_address
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """A head on loopback with its Jobs API, as `ray start --head` makes it."""
-    folder = tmp_path_factory.mktemp("r")
+    folder = Path(tempfile.mkdtemp(prefix="r"))  # Ray's sockets in it want a short path
     ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port",
                                             "ray-client-server-port")}  # fmt: skip
     command = [
@@ -30,19 +34,23 @@ def cluster(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in more.items():
             patch.setenv(name, value)
-        yield from _started(command, ports["dashboard-port"])
+        yield from _started(command, ports["dashboard-port"], folder / "head.log")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _started(command, port):
-    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _started(command, port, log):
+    with log.open("wb") as output:
+        head = subprocess.Popen(command, stdout=output, stderr=output)
     address = f"http://127.0.0.1:{port}"
 
+    asked = urllib.request.Request(f"{address}/api/version")  # Ray's own client reads tokens once
+    asked.add_header("Authorization", f"Bearer {os.environ['RAY_AUTH_TOKEN']}")
+
     def answers():
-        assert head.poll() is None
-        try:
-            return RayLauncher(address)
-        except Exception:
-            return None
+        assert head.poll() is None, log.read_text()
+        with suppress(OSError), urllib.request.urlopen(asked) as found:
+            return found.status == 200
+        return False
 
     wait_for("a cluster", answers)
     yield address

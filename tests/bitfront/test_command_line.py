@@ -193,7 +193,7 @@ def test_every_command_has_help_and_is_in_the_readme(run):
     from bitfront.cli import app
 
     readme = (ROOT / "README.md").read_text()
-    for command in app.registered_commands:
+    for command in (c for c in app.registered_commands if not c.hidden):
         name = command.name or command.callback.__name__
         assert command.callback.__doc__
         assert f"bitfront {name}" in readme, name

@@ -20,6 +20,7 @@ from bitfront.plan import make_plan
 from bitfront.profiling import profile
 from bitfront.progress import Silent
 from bitfront.querying import run_query
+from bitfront.service import Service
 from bitfront.serving import measured_times, subject_of, timed, workload_of
 from cost_models.geometry import geometry_of
 from cost_models.memory import activation_bytes, footprint, kv_cache_bytes
@@ -217,7 +218,7 @@ def test_no_map_breaks_a_limit_on_memory_and_a_query_counts_alike(folder, store,
     assert found
     assert all(candidate.weight_bytes <= plan.budgets[0] for candidate in found)
     limits = dict.fromkeys(("weight_bytes", "average_bits", "kl", "decode_s", "prefill_s"))
-    run_query(store, job, {**limits, "memory_bytes": limit}, None, None, as_json=True)
+    run_query(Service(store), {**limits, "memory_bytes": limit}, of(job), as_json=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["memory_bytes"] <= limit
     assert answer["workload"] == {"batch": SERVING.batch, "context": SERVING.context}
@@ -243,7 +244,7 @@ def test_memory_is_each_devices_where_several_share_the_layers(folder, store, do
     sizes = [candidate.weight_bytes for candidate in candidates]
     assert max(sizes) > limit  # what one device alone couldn't hold
     limits = dict.fromkeys(("weight_bytes", "average_bits", "kl", "decode_s", "prefill_s"))
-    run_query(store, job, {**limits, "memory_bytes": limit}, None, None, as_json=True)
+    run_query(Service(store), {**limits, "memory_bytes": limit}, of(job), as_json=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["memory_bytes"] <= limit
     assert answer["workload"]["tensor_parallel"] == 2
@@ -267,8 +268,13 @@ def test_a_request_is_a_prompt_and_its_answer(done, store, capsys):
     limits = dict.fromkeys(
         ("weight_bytes", "average_bits", "kl", "memory_bytes", "decode_s", "prefill_s")
     )
-    run_query(store, job, limits, None, None, as_json=False)
+    run_query(Service(store), limits, of(job), as_json=False)
     assert f"a request of {SERVING.prompt} and 128 tokens" in capsys.readouterr().out
+
+
+def of(job):
+    """A question about one job, at its own workload."""
+    return {"job": job, "model": None, "batch": None, "context": None}
 
 
 def _workload():

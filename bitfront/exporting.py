@@ -17,6 +17,7 @@ from bitfront.sizes import show_bytes
 from engines import Export, Target, load_target
 from quantization.errors import ExportError
 from quantization.precision_map import ModelEntry, PrecisionMap, build_map
+from quantization.schemes import Scheme
 from store.database import Store
 
 CHECKED_CHUNKS = 4
@@ -144,10 +145,10 @@ def precision_map(front: Front, point: Point) -> PrecisionMap:
     """The neutral map of a measured point, with where it comes from; no model is needed."""
     job, model = front.job, front.model
     candidate = front.candidates[point.id]
-    schemes = [_formats(name) for name in candidate.schemes]
+    schemes = [Scheme.stored(name) for name in candidate.schemes]
     return build_map(
         layout_of(job, model),
-        schemes,
+        [(scheme.weight, scheme.activation) for scheme in schemes],
         ModelEntry(name=model.name, weights_hash=model.weights_hash, revision=model.revision),
         {
             "job": job.id,
@@ -166,11 +167,6 @@ def precision_map(front: Front, point: Point) -> PrecisionMap:
             "certificate": candidate.certificate,
         },
     )
-
-
-def _formats(scheme: str) -> tuple[str, str]:
-    weight, _, activation = scheme.partition("/")
-    return weight, activation or "bf16"
 
 
 def _with_model(store: Store, front: Front, point: Point, chosen: PrecisionMap) -> Export:

@@ -57,7 +57,7 @@ def measure(
 
     One that can't be measured gets its `failure`, and `failed` is told.
     """
-    tasks = []
+    tasks: dict[str, Task] = {}  # by key: a text may have the same chunk twice
     known = measurements(
         run.store,
         [run.quality.of(c.map_hash, chunk) for c in candidates for chunk in text.hashes],
@@ -68,11 +68,10 @@ def measure(
             key = run.quality.of(candidate.map_hash, chunk)
             if key not in known and candidate.failure is None:
                 arguments = {"schemes": tuple(candidate.schemes), "ids": text.ids[index]}
-                tasks.append(
-                    Task("measure", arguments, (candidate, chunk), key=key, table=Measurement)
-                )
+                label_of = candidate, chunk
+                tasks[key] = Task("measure", arguments, label_of, key=key, table=Measurement)
     with run.progress.stage(label, len(tasks)) as advance:
-        for outcome in run.pool.run(tasks):
+        for outcome in run.pool.run(tasks.values()):
             candidate, chunk = outcome.task.label
             if isinstance(outcome.error, MeasurementError):
                 candidate.failure = str(outcome.error)

@@ -90,15 +90,10 @@ class Desk(Protocol):
 
 
 class Service:
-    """Over a store.
+    """Over a store, which is open. `by` is the token's name of who asks, where a server knows it."""
 
-    Args:
-        store: opened.
-        by: whose name submissions carry.
-    """
-
-    def __init__(self, store: Store, by: str | None = None) -> None:
-        self.store, self._by = store, by
+    def __init__(self, store: Store) -> None:
+        self.store = store
         self.fronts = Fronts(store)
 
     def submit(
@@ -106,7 +101,7 @@ class Service:
     ) -> Document:
         """See `Desk.submit`."""
         document = config.model_dump(mode="json")
-        job = submit_job(self.store, document, launch, by or self._by, once)
+        job = submit_job(self.store, document, launch, by, once)
         return self._documents([(job, config.model)])[0]
 
     def jobs(
@@ -131,13 +126,13 @@ class Service:
     def cancel(self, number: int, by: str | None = None) -> Document:
         """See `Desk.cancel`."""
         found = cancel_job(self.store, number)
-        add_event(self.store, number, "state", state=found.state, error=None, by=by or self._by)
+        add_event(self.store, number, "state", state=found.state, error=None, by=by)
         return self._document(found)
 
     def resume(self, number: int, by: str | None = None) -> Document:
         """See `Desk.resume`."""
         found = resume_job(self.store, number)
-        add_event(self.store, number, "state", state=found.state, error=None, by=by or self._by)
+        add_event(self.store, number, "state", state=found.state, error=None, by=by)
         return self._document(found)
 
     def front(self, number: int) -> Document:

@@ -47,7 +47,9 @@ def claim(store: Store, owner: str, keys: Sequence[str], lease_s: float = LEASE_
         insert: Any = import_module(f"sqlalchemy.dialects.{dialect}").insert
         for start in range(0, len(keys), KEYS_A_QUERY):
             part = keys[start : start + KEYS_A_QUERY]
-            rows = [{"key": k, "owner": owner, "expires_at": now + lease_s} for k in sorted(part)]
+            rows = [
+                {"key": k, "owner": owner, "expires_at": now + lease_s} for k in sorted(set(part))
+            ]
             wanted = insert(Claim)
             taking = wanted.on_conflict_do_update(
                 index_elements=[Claim.key],

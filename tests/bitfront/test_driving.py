@@ -85,9 +85,7 @@ def test_killed_drivers_and_servers_lose_nothing(served, url, folder):
     chunks = 4  # of the unquantized model on held-out text
     assert begun[1] <= begun[0] - (known[0] - chunks)
     assert begun[2] <= begun[0] - (known[1] - chunks)
-    different = len(set(find_job(Store(url), job).facts["chunks"]["search"]))
-    maps = begun[0] // LONG
-    assert count(url) == maps * different + chunks * (1 + len(client.front(job)["points"]))
+    assert count(url) == begun[0] + chunks * (1 + len(client.front(job)["points"]))
 
 
 @only_postgres
@@ -107,7 +105,7 @@ def test_a_database_that_restarts_is_waited_for(served, url, folder, postgres):
 @only_sqlite
 def test_cancelled_jobs_stop_and_go_on_when_they_are_resumed(served, url, folder):
     client = served.start()
-    wanted = tiny_job(folder, 40)
+    wanted = tiny_job(folder, LONG)  # or it is done before its driver looks
     job = client.submit(wanted)["id"]
     more_than(url, 20)
     assert client.cancel(job)["state"] == "cancelled"

@@ -35,6 +35,11 @@ def test_many_keys_are_claimed_at_once(store):
     assert claim(store, ELSEWHERE, KEYS) == set()
 
 
+def test_a_key_that_is_asked_for_twice_is_claimed_once(store):
+    owner = new_owner()
+    assert claim(store, owner, [KEYS[0], KEYS[0], KEYS[1]]) == set(KEYS[:2])
+
+
 def test_claims_expire_unless_renewed_and_late_results_are_recognised(store):
     first, second = "machine-a/1/00", "machine-b/1/00"
     claim(store, first, KEYS[:2], lease_s=0.3)

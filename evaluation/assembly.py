@@ -1,6 +1,7 @@
 """A model whose weights are the bank's pages: built without loading, switched without copying."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,15 @@ class AssembledModel:
     Not thread-safe: a worker owns its replica. On the CPU the parameters are views of the bank's
     mapped files; on an accelerator each scheme of a unit is moved there once and kept until the
     unit is unloaded. Packed weights take a parameter's place until plain ones return.
+
+    Attributes:
+        block_outputs: what turns hidden states into what each block returns, once it has been tried
+            (`evaluation.blocks`).
     """
 
     def __init__(self, bank: Bank, device: torch.device) -> None:
         self.bank, self.device = bank, device
+        self.block_outputs: list[Callable[[Tensor], Any]] | None = None
         self.module = skeleton(bank.checkpoint, bank.dtype)
         self._aliases = _aliases(self.module)
         self._on_device: dict[int, Tensor] = {}

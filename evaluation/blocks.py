@@ -32,6 +32,10 @@ class Call(NamedTuple):
 class Blocks:
     """The decoder blocks of a replica, whose weights are those that the replica has loaded.
 
+    Args:
+        resident: whether weights stay where they are when a block is done with: a replica that also
+            measures whole maps holds them anyhow, and mapping their pages anew takes its time.
+
     Attributes:
         units: the numbers of each block's units in the layout, in the order of the blocks.
         outer: the units outside of all blocks (embedding and head), loaded all the time.
@@ -40,8 +44,8 @@ class Blocks:
         MeasurementError: the model can't be cut between its blocks.
     """
 
-    def __init__(self, model: AssembledModel) -> None:
-        self.model = model
+    def __init__(self, model: AssembledModel, *, resident: bool = False) -> None:
+        self.model, self.resident = model, resident
         layout = model.bank.layout
         paths = [block_path(unit) for unit in layout.units]
         stacks = {path.rpartition(".")[0] for path in paths if path}
@@ -57,8 +61,11 @@ class Blocks:
             for i in range(len(self._blocks))
         ]
         self.outer = [u for u, path in enumerate(paths) if not path]
-        self._wraps: list[Callable[[Tensor], Any]] = []
-        self._try()
+        if not resident:
+            self.model.unload(u for units in self.units for u in units)
+        if model.block_outputs is None:
+            model.block_outputs = self._try()
+        self._wraps: Sequence[Callable[[Tensor], Any]] = model.block_outputs
 
     @property
     def _numbered(self) -> Iterator[tuple[int, Any]]:
@@ -72,8 +79,9 @@ class Blocks:
         self.model.load(self.units[index], schemes, dense=True)
 
     def unload(self, index: int) -> None:
-        """Let go of a block's weights."""
-        self.model.unload(self.units[index])
+        """Let go of a block's weights, unless they are resident."""
+        if not self.resident:
+            self.model.unload(self.units[index])
 
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """Hidden states before the first block (1 x tokens x width), and each block's call."""
@@ -124,9 +132,8 @@ class Blocks:
             for module in self._blocks:
                 del module.forward  # the class's own
 
-    def _try(self) -> None:
+    def _try(self) -> list[Callable[[Tensor], Any]]:
         """Learn what blocks return, and check that cut in pieces the model computes the same."""
-        self.model.unload(u for units in self.units for u in units)
         self.model.load(self.outer)
         ids = torch.arange(PROMPT, device=self.model.device)[None]
         returned: dict[int, Any] = {}
@@ -149,7 +156,7 @@ class Blocks:
         finally:
             for handle in handles:
                 handle.remove()
-        self._wraps = [_wrap(returned[i]) for i in range(len(self))]
+        self._wraps = wraps = [_wrap(returned[i]) for i in range(len(self))]
         with torch.no_grad():
             hidden, calls = self.start(ids)
             for i in range(len(self)):
@@ -162,6 +169,7 @@ class Blocks:
                 "the model passes more than hidden states from block to block, so it can't be run "
                 "block by block; leave the estimator out of the job"
             )
+        return wraps
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

@@ -48,6 +48,7 @@ class Passes:
         first: the number of the first chunk among all, so that random numbers don't depend on how
             the work is cut.
         schemes: one for each unit of the layout; None for the unquantized model.
+        resident: whether weights and heap stay as they are between blocks (see `Blocks`).
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Passes:
         chunks: NDArray[np.int64],
         first: int = 0,
         schemes: Schemes | None = None,
+        *,
+        resident: bool = False,
     ) -> None:
-        self.blocks = Blocks(model)
+        self.blocks = Blocks(model, resident=resident)
         self.first, self.schemes = first, schemes
         model.load(self.blocks.outer, schemes)
         self.ids = [torch.from_numpy(ids)[None].to(model.device) for ids in chunks]
@@ -94,11 +97,10 @@ class Passes:
                         self.blocks.run(index, hidden, calls[index])
                         for hidden, calls in zip(self.states[-1], self.calls, strict=True)
                     ]
-            self.blocks.unload(index)
+            self._leave(index)
             if not keep:
                 self.states.pop()
             self.states.append(after)
-            trim()
 
     def rewind(self, index: int) -> None:
         """Forget the states after block `index` was entered, because its weights have changed."""
@@ -127,8 +129,7 @@ class Passes:
             before = self.states[index]
             for c in range(len(self.ids)):
                 yield index, c, self._through(index, c, before[c], watch)
-            self.blocks.unload(index)
-            trim()
+            self._leave(index)
 
     def outer(
         self, probe: Probe, probes: int, parameters: Sequence[Tensor]
@@ -152,6 +153,11 @@ class Passes:
                     )
                 )  # fmt: skip
             yield c, found
+
+    def _leave(self, index: int) -> None:
+        self.blocks.unload(index)
+        if not self.blocks.resident:
+            trim()
 
     def _by_final_states(self, c: int, probe: Probe, probes: int) -> list[Tensor]:
         hidden = self.states[-1][c].detach().requires_grad_()

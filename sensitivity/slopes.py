@@ -66,11 +66,13 @@ class _KLGradient(WeightGradient):
 
     name = "slopes"
     unit = "nats, to first order"
+    linear = True
 
     def __init__(
         self, evaluator: Evaluator, schemes: Sequence[Scheme | None], ids: NDArray[np.int64]
     ) -> None:
         self._evaluator, self._ids = evaluator, ids
+        self.resident = not evaluator.bank.packed  # it measures whole maps, too
         self._p_TH = p_TH = evaluator.reference(ids)
 
         def by_logits(logits_TV: Tensor, _ids: Tensor, _generator: torch.Generator) -> Tensor:

@@ -45,11 +45,16 @@ class WeightGradient(Estimator):
         probe: what is differentiated.
         probes: backward passes a chunk.
         quantized: whether gradients are those of a model with each unit in its middle scheme.
+        resident: whether the replica holds all weights anyhow (see `evaluation.blocks.Blocks`).
+        linear: whether `contract` is linear in the errors: it is then given the weights themselves,
+            one scheme at a time, and the exact weights' numbers are taken off.
     """
 
     probe: Probe = staticmethod(sampled_labels)
     probes = 1
     quantized = False
+    resident = False
+    linear = False
 
     @abstractmethod
     def contract(self, errors_SRC: Tensor, gradients_PRC: Tensor) -> Tensor:
@@ -99,7 +104,8 @@ class WeightGradient(Estimator):
         table = empty_table(choices)
         own = chunks[slice(*share.chunks)]
         table.tokens[slice(*share.units)] = own.size
-        passes = Passes(model, own, share.chunks[0], self.base(model, choices))
+        base = self.base(model, choices)
+        passes = Passes(model, own, share.chunks[0], base, resident=self.resident)
         wanted = [
             [u for u in units if u in range(*share.units) and lossy(choices[u])]
             for units in passes.blocks.units
@@ -174,7 +180,10 @@ class WeightGradient(Estimator):
             return tensor if tensor.dim() == 3 else tensor[None]
 
         exact = matrices(bank.reference(unit)[site.parameter].to(model.device))
-        shipped = [matrices(bank.borrow(unit, s, site.parameter)) for s in schemes]
+        if self.resident:
+            shipped = [matrices(bank.tensors(unit, s)[site.parameter]) for s in schemes]
+        else:
+            shipped = [matrices(bank.borrow(unit, s, site.parameter)) for s in schemes]
         given = [matrices(gradient) for gradient in gradients]
         found = []
         experts, rows, columns = exact.shape
@@ -184,11 +193,18 @@ class WeightGradient(Estimator):
             for r in range(0, rows, step):
                 part = slice(r, r + step)
                 reference = exact[e, part].float()
-                errors = torch.stack([s[e, part].to(reference) - reference for s in shipped])
                 passed = torch.stack([g[e, part].float() for g in given])
-                total += self.contract(errors, passed).double().cpu()
+                own = [s[e, part].to(reference) for s in shipped]
+                total += self._contract(reference, own, passed).double().cpu()
             found.append(total)
         return torch.stack(found)
+
+    def _contract(self, exact_RC: Tensor, shipped: list[Tensor], gradients_PRC: Tensor) -> Tensor:
+        """`contract`, of errors that are made here if they are needed."""
+        if not self.linear:
+            return self.contract(torch.stack([s - exact_RC for s in shipped]), gradients_PRC)
+        found = [self.contract(s[None], gradients_PRC) for s in (exact_RC, *shipped)]
+        return torch.cat(found[1:]) - found[0]
 
     def _add_outer(
         self,

@@ -92,6 +92,7 @@ def drive_job(store: Store, number: int, address: str, cache: str | None) -> Non
 
 def _search(store: Store, number: int, address: str, cache: str | None) -> None:
     from bitfront.plan import make_plan
+    from bitfront.scoring import worker_bytes
     from workers.ray_pool import Needs
 
     job = find_job(store, number)
@@ -102,11 +103,12 @@ def _search(store: Store, number: int, address: str, cache: str | None) -> None:
     log(store, number, "reading the model and the texts")
     plan = make_plan(JobConfig.model_validate(job.config))
     log(store, number, f"{plan.name}: {int(plan.open_units.sum())} units to decide, {plan.dtype}")
-    share = partial(_share, store)
+    needs = replace(needs, forecast_bytes=worker_bytes(plan))
+    share, notice = partial(_share, store), partial(log, store, number)
     run_search(
         plan,
         store,
-        partial(_open, address=address, needs=needs, share=share),
+        partial(_open, address=address, needs=needs, share=share, notice=notice),
         StoreProgress(store, number),
         cache,
         submitted=number,
@@ -115,13 +117,15 @@ def _search(store: Store, number: int, address: str, cache: str | None) -> None:
         log(store, number, finding)
 
 
-def _open(spec: Any, address: str, needs: Any, share: Callable[[], float]) -> Any:
+def _open(
+    spec: Any, address: str, needs: Any, share: Callable[[], float], notice: Callable[[str], None]
+) -> Any:
     from workers.pool import InProcessPool
     from workers.ray_pool import RayPool
 
     if address == "none":
         return InProcessPool(replace(spec, threads=os.cpu_count() or 1))
-    return RayPool(spec, address, needs, share)
+    return RayPool(spec, address, needs, share, notice=notice)
 
 
 def _share(store: Store) -> float:

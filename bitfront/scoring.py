@@ -19,6 +19,10 @@ from workers.pool import Task
 
 ESTIMATE_WEIGHT = 12
 """How long a task takes in measurements of a candidate on a chunk, for the bar's first estimate."""
+LIBRARIES_BYTES = 800 * 10**6
+"""What a worker takes before it has read a weight."""
+USUAL = "fisher-quantized"
+"""Stands for `auto` in a forecast."""
 FEW_TOKENS = 64
 """An expert that saw fewer is named."""
 
@@ -113,6 +117,23 @@ def forecast_bytes(plan: Plan, estimator: str, share: Share, text: str = "calibr
     itemsize = DTYPES[plan.dtype].itemsize
     work = Work(plan.layout, plan.texts[text].ids.shape[1], itemsize, roomy=not plan.packed)
     return ESTIMATORS[estimator].forecast_bytes(plan.choices, share, work)
+
+
+def worker_bytes(plan: Plan) -> int:
+    """The memory that a worker of a job will take: its libraries, a replica, its largest task.
+
+    The replica is counted in one scheme: pages of others are the system's to keep or to drop.
+    """
+    itemsize = DTYPES[plan.dtype].itemsize
+    replica = plan.other_bytes + itemsize * sum(unit.numel for unit in plan.layout.units)
+    units, chunks = len(plan.layout.units), len(plan.texts["calibration"].ids)
+    names = [name if name in ESTIMATORS else USUAL for name in plan.config.estimators]
+    tasks = [
+        forecast_bytes(plan, name, share)
+        for name in dict.fromkeys(names)
+        for share in ESTIMATORS[name].shares(units, chunks)
+    ]
+    return LIBRARIES_BYTES + replica + max(tasks)
 
 
 def _share_row(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from evaluation.assembly import AssembledModel
 from evaluation.divergence import Head, Loss, divergence, divergence_with_gradient
-from quantization.bank import Bank
+from evaluation.passes import Passes
+from quantization.bank import Bank, Originals
 from quantization.cache import cache_dir, write_whole
-from quantization.checkpoints import load_model
 from quantization.errors import MeasurementError
 from quantization.schemes import Scheme
 
@@ -137,11 +137,23 @@ class Evaluator:
         """
         if self.bank.dtype == torch.float32:
             return None
-        exact = load_model(self.bank.checkpoint, torch.float32).to(self.model.device)
-        p_TH, q_TH = self.hidden(exact, ids), self.reference(ids).float()
+        exact = AssembledModel(Originals(self.bank), self.model.device)
+        p_TH, q_TH = self._exact_hidden(exact, ids), self.reference(ids).float()
         targets = torch.from_numpy(ids[1:]).to(self.model.device)
-        loss = divergence(Head(exact), p_TH[:-1], q_TH[:-1], targets)
+        loss = divergence(Head(exact.module), p_TH[:-1], q_TH[:-1], targets)
         return loss.kl_sum / loss.tokens
+
+    def _exact_hidden(self, exact: AssembledModel, ids: Ids) -> Tensor:
+        """Final hidden states in float32, a block at a time where the model can be cut."""
+        exact.block_outputs = self.model.block_outputs
+        try:
+            passes = Passes(exact, ids[None])
+        except MeasurementError:
+            exact.assign(None)
+            return self.hidden(exact.module, ids)
+        passes.forward(keep=False)
+        with torch.inference_mode():
+            return passes.blocks.finish(passes.ids[0], passes.states[-1][0])
 
     def hidden(self, module: Any, ids: Ids) -> Tensor:
         """Final hidden states (tokens x width) of any model of this architecture on a chunk."""

@@ -38,6 +38,7 @@ from search.problem import Choice, Floats
 START = np.array([np.log(0.14), 0.5, np.log(0.105), 0.1, np.log(3.3), 0.6, 1.4, 0.13])
 """log s, log n, log gamma and kappa: each at a loss of REFERENCE and its slope by log loss."""
 SPREAD = np.array([0.3, 0.15, 0.3, 0.15, 0.3, 0.2, 0.15, 0.08])
+FAR = 8.0  # of those, beyond which no parameter is tried: it would overflow
 REFERENCE = 2.2  # nats per token
 WEIGHT = 1.0  # of the parameters' prior: the likelihood's entries aren't independent
 LEVELS = -5.0, 1.3  # of log losses that parameters are told apart for
@@ -145,6 +146,7 @@ class Fields:
         if len(self) > 2:
             self._parameters = minimize(
                 self._unlikelihood, self._parameters, products, "L-BFGS-B",
+                bounds=list(zip(START - FAR * SPREAD, START + FAR * SPREAD, strict=True)),
                 options={"maxiter": STEPS},
             ).x  # fmt: skip
         signal, noise = self._covariances(self._parameters)

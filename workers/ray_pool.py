@@ -28,6 +28,8 @@ START_PATIENCE_S = 300
 SHARE_S = 3.0
 """How often a pool that shares workers with others looks how many are its own."""
 START_PAUSE_S = 1.0
+PATIENT_S = 10.0
+"""How long a pool waits for room before it says so."""
 MOST_FAILED_STARTS = 10
 OBJECT_STORE_BYTES = 128 * 2**20  # tasks and results are small; weights travel by the page cache
 
@@ -59,7 +61,9 @@ class Needs:
         cpus: cores of each, and so its threads; by default its share of all.
         gpus: of each; by default one where there are any.
         accelerator_type: such as `H100`, where nodes differ.
-        memory_bytes: of each, which Ray reserves; by default nothing is reserved.
+        memory_bytes: of each, which Ray reserves.
+        forecast_bytes: of each; reserved on a cluster where `memory_bytes` isn't said, but no more
+            than its largest node has.
     """
 
     workers: int | None = None
@@ -67,6 +71,7 @@ class Needs:
     gpus: float | None = None
     accelerator_type: str | None = None
     memory_bytes: int | None = None
+    forecast_bytes: int | None = None
 
 
 class RayPool(Pool):
@@ -80,6 +85,7 @@ class RayPool(Pool):
             pool shrinks and grows with it, to one actor at least, and waits for room as long as
             that takes. None: all of them, now.
         make: makes what does the work, in the actor.
+        notice: is told when there is no room for the first actor, and when there is.
     """
 
     def __init__(
@@ -89,12 +95,19 @@ class RayPool(Pool):
         needs: Needs = Needs(),  # frozen
         share: Callable[[], float] | None = None,
         make: Callable[[Any], Any] = make_session,
+        notice: Callable[[str], None] = lambda _: None,
     ) -> None:
         _connect(address)
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), max(int(resources.get("CPU", 1)), 1)
-        machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        most = needs.workers or gpus or min(cores, MOST_LOCAL_WORKERS * max(len(machines), 1))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = [node.get("CPU", 0) for node in nodes]
+        memory = needs.memory_bytes or (0 if address == LOCAL else _within(needs, nodes))
+        most = gpus or min(cores, MOST_LOCAL_WORKERS * max(len(machines), 1))
+        if memory:  # no more than there is memory for
+            room = sum(node.get("memory", 0) // memory for node in nodes)
+            most = max(1, min(most, int(room)))
+        most = needs.workers or most
         largest = int(max(machines, default=1)) or 1
         own = cores // most if needs.cpus is None else int(needs.cpus)
         threads = max(min(own, largest), 1)
@@ -105,13 +118,15 @@ class RayPool(Pool):
         }
         if needs.accelerator_type:
             options["accelerator_type"] = needs.accelerator_type
-        if needs.memory_bytes:
-            options["memory"] = needs.memory_bytes
+        if memory:
+            options["memory"] = memory
         if is_dataclass(spec) and not isinstance(spec, type):
             spec = replace(spec, threads=threads)
         actor = ray.remote(_Worker).options(**options)
         self._new_actor: Callable[[], Any] = lambda: actor.remote(make, spec)
         self._most, self._share, self._shared_at = most, share, -inf
+        self._notice, self._wanted = notice, _said(options)
+        self._begun, self._waits = time.monotonic(), False
         self.workers = most
         # a GPU has one worker, and its memory to itself
         self._memory_bytes = inf if gpus else resources.get("memory", inf)
@@ -198,6 +213,7 @@ class RayPool(Pool):
         if not self._ready:
             ray.wait(wanted, num_returns=1, timeout=SHARE_S if self._share else None)
         done, _ = ray.wait(wanted, num_returns=len(wanted), timeout=0) if wanted else ([], [])
+        self._tell_of_waiting(bool(done))
         for reference in done:
             try:
                 if reference in self._starting:
@@ -206,6 +222,22 @@ class RayPool(Pool):
                     self._ready.append(outcome)
             except (RayTaskError, WorkerError) as error:  # told after what others have measured
                 self._ready.append(error)
+
+    def _tell_of_waiting(self, found: bool) -> None:
+        """Say that nothing goes on for want of room, once, and when it goes on."""
+        waited = time.monotonic() - self._begun
+        if self._waits and found:
+            self._waits = False
+            self._notice(f"there is room now, after {waited:.0f} s")
+        elif len(self._starting) < len(self._actors) or found:
+            self._begun = time.monotonic()
+        elif not self._waits and waited > PATIENT_S:
+            self._waits = True
+            there = ray.available_resources()
+            free = ", ".join(_resource(n, there.get(n, 0.0)) for n in ("CPU", "GPU", "memory"))
+            self._notice(
+                f"waits for room on the cluster: a worker wants {self._wanted}; free there: {free}"
+            )
 
     def _started(self, reference: Any) -> None:
         """An actor is there, or can't be made: then another one is."""
@@ -287,6 +319,25 @@ class RayPool(Pool):
             actor = self._idle.popleft()
             reference = actor.run.remote(task.method, task.arguments)
             self._running[reference] = actor, task, attempt
+
+
+def _within(needs: Needs, nodes: list[dict[str, float]]) -> int:
+    """The forecast, as far as the largest node has so much memory."""
+    most = max((node.get("memory", 0) for node in nodes), default=0)
+    return int(min(needs.forecast_bytes or 0, most))
+
+
+def _said(options: dict[str, Any]) -> str:
+    """What an actor needs, in words."""
+    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    said = [_resource(name, options[o]) for o, name in names.items() if options.get(o)]
+    return ", ".join(
+        [*said, *([options["accelerator_type"]] if "accelerator_type" in options else [])]
+    )
+
+
+def _resource(name: str, amount: float) -> str:
+    return f"{amount / 2**30:.1f} GiB of memory" if name == "memory" else f"{amount:g} {name}"
 
 
 def _process(actor: Any) -> int:

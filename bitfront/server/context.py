@@ -15,11 +15,16 @@ ExportId = Annotated[int, Path(ge=1, le=MOST_ID, description="An export's number
 
 
 class Context:
-    """Of an application: its settings, its store, and what is done with it."""
+    """Of an application: its settings, its store, and what is done with it.
+
+    Attributes:
+        streams: of events that are open.
+    """
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings, self.store = settings, store
         self.service = Service(store)
+        self.streams = 0
 
 
 async def context_of(request: Request) -> Context:

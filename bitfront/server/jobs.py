@@ -1,6 +1,7 @@
 """Routes of jobs: submit, list, watch, cancel, resume."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -8,13 +9,14 @@ from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.exceptions import HTTPException
 
 from bitfront.documents import event_document, log_line
-from bitfront.server.context import MOST_ID, Here, JobId
+from bitfront.server.context import MOST_ID, Context, Here, JobId
 from bitfront.server.policy import check_again, job_of
-from bitfront.server.problems import responses
+from bitfront.server.problems import RETRY_AFTER_S, responses
 from bitfront.server.schema import COMPONENTS, JOB, job_schema
-from bitfront.server.security import READ, Submitter
+from bitfront.server.security import READ, Submitter, still_known
 from store.events import events_after, latest_event
 from store.queries import find_job
 from store.submissions import OPEN, look_at_job
@@ -25,7 +27,11 @@ router = APIRouter(
 )
 WATCH_S = 0.7
 QUIET_S = 15.0
+CHECK_S = 10.0
+"""How often a stream looks whether its token is still good."""
 LAST_LOOKS = 3
+MOST_STREAMS = 256
+"""Open at the same time: each looks at the database every `WATCH_S`."""
 LOG_PAGE = 2000
 
 JobBody = Annotated[
@@ -115,7 +121,14 @@ def history(
 
 
 def _known(context: Here, job: JobId) -> Job:
-    """A job that is there: once a stream has begun, it is too late to say that it isn't."""
+    """A job that is there, and a place: once a stream has begun, it is too late to say no."""
+    if context.streams >= MOST_STREAMS:
+        raise HTTPException(
+            503,
+            f"{MOST_STREAMS} streams of events are open, the most that this server keeps; "
+            f"ask `GET /api/v1/jobs/{job}` from time to time instead, or try again later",
+            {"Retry-After": str(RETRY_AFTER_S)},
+        )
     return find_job(context.store, job)
 
 
@@ -134,9 +147,22 @@ async def events(
     after = int(last_event_id) if last_event_id else await run_in_threadpool(
         latest_event, store, job
     )  # fmt: skip
+    context.streams += 1
+    try:
+        async for news in _follow(context, request, found, after):
+            yield news
+    finally:
+        context.streams -= 1
+
+
+async def _follow(
+    context: Context, request: Request, found: Job, after: int
+) -> AsyncIterator[ServerSentEvent]:
+    """A job's news after an event, until it is over, nobody listens or the token is revoked."""
+    store, job = context.store, found.id
     yield ServerSentEvent(event="state", data={"state": found.state, "error": found.error})
     told: Any = None
-    quiet, over = 0.0, 0
+    quiet, over, checked = 0.0, 0, time.monotonic()
     while not await request.is_disconnected():
         found, _ = await run_in_threadpool(look_at_job, store, job)
         news = await run_in_threadpool(events_after, store, job, after)
@@ -155,6 +181,10 @@ async def events(
         if quiet >= QUIET_S:  # or a proxy takes the stream for dead
             quiet = 0.0
             yield ServerSentEvent(comment="still here")
+        if time.monotonic() - checked >= CHECK_S:
+            checked = time.monotonic()
+            if not await run_in_threadpool(still_known, context, request):
+                return
         await asyncio.sleep(WATCH_S)
 
 

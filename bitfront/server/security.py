@@ -41,6 +41,12 @@ def caller(
     return Caller(*token)
 
 
+def still_known(context: Context, request: Request) -> bool:
+    """Whether the token of a request that goes on has not been revoked since."""
+    word = request.headers.get("authorization", "").partition(" ")[2]
+    return not word or find_token(context.store, word) is not None
+
+
 def _unauthorized(what: str) -> HTTPException:
     return HTTPException(
         401,

@@ -7,9 +7,12 @@ from collections import Counter
 
 import pytest
 
+from bitfront.config import AUTO
 from bitfront.pipeline import SEARCH, run_search
 from bitfront.plan import make_plan
 from bitfront.progress import Silent
+from bitfront.scoring import LIBRARIES_BYTES, USUAL, worker_bytes
+from evaluation.arithmetic import DTYPES
 from store.claims import holders
 from store.database import Store
 from store.queries import find_job
@@ -175,3 +178,21 @@ def test_two_jobs_at_the_same_moment_measure_nothing_twice(url, folder):
     keyed = {key: times for key, times in Counting.done.items() if key is not None}
     assert set(keyed.values()) == {1}
     assert len(keyed) > count(url) * 0.9
+
+
+def test_a_worker_is_forecast_to_hold_its_model_and_its_largest_task(folder):
+    """More for longer text; `auto` stands for what it will be."""
+    config = small_config(folder)
+    plan = make_plan(config)
+    replica = sum(unit.numel for unit in plan.layout.units) * DTYPES[plan.dtype].itemsize
+    forecast = worker_bytes(plan)
+    assert forecast > LIBRARIES_BYTES + replica
+    texts = config.texts.model_dump()
+    texts["calibration"]["length"] *= 2
+    longer = config.model_copy(update={"texts": type(config.texts).model_validate(texts)})
+    assert worker_bytes(make_plan(longer)) > forecast
+    usual, auto = (
+        worker_bytes(make_plan(config.model_copy(update={"estimators": (name,)})))
+        for name in (USUAL, AUTO)
+    )
+    assert usual == auto

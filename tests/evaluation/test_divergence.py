@@ -1,12 +1,15 @@
 """KL from hidden states: equal to the textbook in float32, for every kind of head."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
 from evaluation.divergence import FixedReference, Head, divergence
 from evaluation.evaluator import Evaluator
-from quantization.bank import Bank
+from quantization.bank import Bank, Originals
+from quantization.checkpoints import load_model
 from quantization.errors import MeasurementError
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
@@ -153,9 +156,30 @@ def test_a_candidate_assembled_twice_measures_the_same(make_bank):
     assert evaluator.measure(low, IDS).kl_sum == first.kl_sum
 
 
-def test_bf16_noise_is_measured(make_bank):
-    floor = Evaluator(make_bank("llama", torch.bfloat16), CPU).noise_floor(IDS)
-    assert floor is not None
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_bf16_noise_is_measured_against_a_block_of_float32_at_a_time(
+    make_bank, monkeypatch, family
+):
+    evaluator = Evaluator(make_bank(family, torch.bfloat16), CPU)
+    layout, most, read = evaluator.bank.layout, 0, Originals.reference
+
+    def reference(bank, unit):
+        nonlocal most
+        found = read(bank, unit)
+        most = max(most, len(bank._held))
+        return found
+
+    monkeypatch.setattr(Originals, "reference", reference)
+    floor = evaluator.noise_floor(IDS)
+    by_block = Counter(unit.layer for unit in layout.units)
+    outer = by_block.pop(None)
+    assert most == outer + max(by_block.values()) < len(layout.units)
+
+    whole = load_model(evaluator.bank.checkpoint, torch.float32)
+    p_TH, q_TH = evaluator.hidden(whole, IDS), evaluator.reference(IDS).float()
+    targets = torch.from_numpy(IDS[1:])
+    expected = divergence(Head(whole), p_TH[:-1], q_TH[:-1], targets)
+    assert floor == pytest.approx(expected.kl_sum / expected.tokens, rel=1e-4)
     assert 0 < floor < 0.1
 
 

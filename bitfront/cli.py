@@ -188,11 +188,16 @@ def front(
     html: Annotated[
         Path | None, typer.Option(help="Write a self-contained page: front and heat map.")
     ] = None,
+    server: ServerOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the measured Pareto front of JOB, its controls and what they tell."""
-    from bitfront.console import errors, front_table, print_json, print_table
+    if server := following.server_of(server):
+        following.front_from(server, job, html, as_json)
+        return
+    from bitfront.console import errors, print_json, show_front
+    from bitfront.documents import front_document
     from bitfront.fronts import load_front
     from store.queries import find_job
 
@@ -206,9 +211,7 @@ def front(
     if as_json:
         print_json(found.to_json())
     else:
-        print_table(front_table(found))
-        for finding in found.findings:
-            errors.print(finding, highlight=False)
+        show_front(front_document(found))
 
 
 @app.command()
@@ -312,13 +315,14 @@ def apply(
     """Measure a map that somebody else made for MODEL: a point of a job's front."""
     from bitfront.applying import apply as apply_map
     from bitfront.console import errors, front_table, print_json, print_table
+    from bitfront.documents import front_document
 
     front, number = apply_map(open_store(store), precision_map, model, job, address, text)
     point = next(p for p in front.to_json()["points"] if p["id"] == number)
     if as_json:
         print_json({"job": front.job.id, "model": front.model.name, "point": point})
         return
-    print_table(front_table(front))
+    print_table(front_table(front_document(front)))
     errors.print(
         f"The map is point {number}: KL {point['kl']:.5f} nats per token at "
         f"{point['average_bits']:.4f} bits; {'on' if point['on_front'] else 'behind'} the front.",

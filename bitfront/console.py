@@ -2,15 +2,13 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bitfront import latency
-from bitfront.fronts import Front
 from bitfront.sizes import show_bytes, show_seconds
-from store.tables import Job
 
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -28,54 +26,52 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
-def front_table(front: Front) -> Table:
-    """A front as a table."""
-    job = front.job
+def front_table(front: Mapping[str, Any]) -> Table:
+    """A front (`documents.front_document`) as a table."""
     table = Table(
-        title=f"Job {job.id}: {front.model.name}, {job.state}",
+        title=f"Job {front['job']}: {front['model']}, {front['state']}",
         caption=_caption(front),
         caption_justify="left",
         title_justify="left",
     )
-    table.add_column("point", justify="right")
-    table.add_column("bits", justify="right")
-    table.add_column("size", justify="right")
-    table.add_column("KL, nats/token (95 %)", justify="right")
-    table.add_column("perplexity", justify="right")
-    table.add_column("predicted", justify="right")
-    timed = bool(job.facts.get("times"))
-    if timed:
-        table.add_column("a token", justify="right")
-        table.add_column("prompt", justify="right")
+    points = front["points"]
+    timed = any(p["times"] for p in points)
+    for name in ("point", "bits", "size", "KL, nats/token (95 %)", "perplexity", "predicted"):
+        table.add_column(name, justify="right")
+    for name in ("a token", "prompt") if timed else ():
+        table.add_column(name, justify="right")
     table.add_column("what")
-    for p in front.points:
+    for p in points:
+        seconds = [p["decode_s"], p["prefill_s"]] if timed else []
         table.add_row(
-            str(p.id),
-            f"{p.average_bits:.3f}",
-            show_bytes(p.weight_bytes),
-            f"{p.kl:.4f} ({p.kl_low:.4f} to {p.kl_high:.4f})",
-            f"{p.perplexity:.2f}",
-            "" if p.predicted_kl is None else f"{p.predicted_kl:.4f}",
-            *(_times(job, p.map_hash) if timed else ()),
-            ("front  " if p.on_front else "       ") + front.candidates[p.id].origin.split(",")[0],
-            style=None if p.on_front else "dim",
+            str(p["id"]),
+            f"{p['average_bits']:.3f}",
+            show_bytes(p["weight_bytes"]),
+            f"{p['kl']:.4f} ({p['kl_low']:.4f} to {p['kl_high']:.4f})",
+            f"{p['perplexity']:.2f}",
+            "" if p["predicted_kl"] is None else f"{p['predicted_kl']:.4f}",
+            *("" if took is None else show_seconds(took) for took in seconds),
+            ("front  " if p["on_front"] else "       ") + p["origin"].split(",")[0],
+            style=None if p["on_front"] else "dim",
         )
     return table
 
 
-def _times(job: Job, map_hash: str) -> list[str]:
-    found = [latency.seconds(job, map_hash, phase) for phase in ("decode", "prefill")]
-    return ["" if seconds is None else show_seconds(seconds) for seconds in found]
+def show_front(front: Mapping[str, Any]) -> None:
+    """Print a front and what it tells."""
+    print_table(front_table(front))
+    for finding in front["findings"]:
+        errors.print(finding, highlight=False)
 
 
-def _caption(front: Front) -> str:
-    facts = front.job.facts
+def _caption(front: Mapping[str, Any]) -> str:
     lines = []
-    if front.reference_perplexity is not None:
-        lines.append(f"Unquantized: perplexity {front.reference_perplexity:.2f} on the same text.")
-    floor = facts.get("noise_floor")
+    if front["reference_perplexity"] is not None:
+        perplexity = front["reference_perplexity"]
+        lines.append(f"Unquantized: perplexity {perplexity:.2f} on the same text.")
+    floor = front["noise_floor"]
     if floor is not None:
-        lines.append(f"Noise floor of {facts['dtype']} arithmetic: {floor:.2g} nats per token.")
-    if facts.get("transform"):
-        lines.append(f"Channels rescaled by {facts['transform']}.")
+        lines.append(f"Noise floor of {front['dtype']} arithmetic: {floor:.2g} nats per token.")
+    if front["transform"]:
+        lines.append(f"Channels rescaled by {front['transform']}.")
     return " ".join(lines)

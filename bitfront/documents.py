@@ -55,6 +55,7 @@ def front_document(front: Front) -> dict[str, Any]:
         "reference_perplexity": front.reference_perplexity,
         "noise_floor": job.facts.get("noise_floor"),
         "dtype": job.facts.get("dtype"),
+        "transform": job.facts.get("transform"),
         "findings": list(front.findings),
         "method": method_of(front),
         "budgets": job.facts.get("budgets", []),

@@ -258,6 +258,22 @@ def solve(
     print_table(table)
 
 
+def front_from(server: str, job: int | None, html: Path | None, as_json: bool) -> None:
+    """`front` with a server: the same table, and the figure without the heat map."""
+    from bitfront.client import Client
+    from bitfront.console import errors, show_front
+
+    client = Client(server)
+    found = client.front(client.job(None)["id"] if job is None else job)
+    if html:
+        found.figure().write_html(html, include_plotlyjs=True)
+        errors.print(f"wrote {html}; the server's own page has more: {server}", highlight=False)
+    if as_json:
+        _json(found)
+    else:
+        show_front(found)
+
+
 def export_from(
     server: str, job: int | None, point: int, to: str, output: Path, as_json: bool
 ) -> None:

@@ -12,6 +12,7 @@ from bitfront.audit_views import audit_json, audit_remarks, audit_table
 from bitfront.auditing import AuditOptions, run_audit
 from bitfront.config import AUTO, UNPROVEN, ConfigError, JobConfig
 from bitfront.console import errors, front_table, print_json, print_table
+from bitfront.documents import front_document
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
 from bitfront.plan import Plan, make_plan, plan_again, settled
@@ -43,7 +44,7 @@ def run(config: JobConfig, store: Store, address: str, workers: int | None, as_j
     if as_json:
         print_json(front.to_json())
     else:
-        print_table(front_table(front))
+        print_table(front_table(front_document(front)))
     for finding in front.findings:
         errors.print(finding, highlight=False)
     errors.print(

@@ -1,6 +1,7 @@
 """The HTTP API in process, over a store with a finished job: what it says is what the store holds."""
 
 import re
+import subprocess
 import threading
 from pathlib import Path
 
@@ -340,6 +341,22 @@ def test_events_go_on_where_a_stream_broke_off(client, done):
     later = [event for event in client.events(job, after=middle) if event["event"] == "log"]
     assert [event["text"] for event in later] == ["line 2"]
     assert client.log(job)[0][-1]["text"] == "line 2"
+
+
+def test_commands_ask_a_server_what_they_would_ask_its_store(
+    client, done, bitfront_command, tmp_path
+):
+    store, job, _ = done
+
+    def said(*arguments):
+        command = [bitfront_command, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    for asked in (["front"], ["front", str(job)], ["query", "--max-bits", "4.5"], ["jobs"]):
+        assert said(*asked, "--server", client.url) == said(*asked, "--store", store.url)
+    html = tmp_path / "front.html"
+    said("front", "--server", client.url, "--html", str(html))
+    assert "plotly" in html.read_text()
 
 
 def test_logs_are_text(http, done):

@@ -22,6 +22,7 @@ from urllib.parse import quote
 import httpx
 
 from bitfront.config import JobConfig
+from bitfront.front_view import FrontView
 from quantization.errors import BitfrontError
 
 TOKEN, SERVER = "BITFRONT_TOKEN", "BITFRONT_SERVER"
@@ -37,22 +38,6 @@ class ServerSaysError(BitfrontError):
     def __init__(self, text: str, status: int = 0, problem: Document | None = None) -> None:
         super().__init__(text)
         self.status, self.problem = status, problem or {}
-
-
-class FrontView(dict[str, Any]):
-    """A front's document, which notebooks draw."""
-
-    def figure(self) -> Any:
-        """As a plotly figure: KL with intervals over size, controls, predictions."""
-        from bitfront.figures import front_figure
-
-        return front_figure(self)
-
-    def _repr_html_(self) -> str:
-        if not self["points"]:
-            return f"<p>Job {self['job']} is {self['state']} and has no measured points yet.</p>"
-        html: str = self.figure().to_html(full_html=False, include_plotlyjs=True)
-        return html
 
 
 class Client:

@@ -8,6 +8,7 @@ from typing import Any
 
 from bitfront import latency
 from bitfront.answering import Footprint, footprint
+from bitfront.front_view import FrontView
 from bitfront.fronts import Front, Point
 from quantization.units import Layout, Unit
 from store.tables import Event, ExportOrder, Job
@@ -41,13 +42,13 @@ def job_document(job: Job, model: str, *, alive: bool, points: int | None) -> di
     }
 
 
-def front_document(front: Front) -> dict[str, Any]:
+def front_document(front: Front) -> FrontView:
     """A front with everything that its figure shows."""
     job = front.job
     serving = job.config.get("serving") or {}
     times = job.facts.get("times")
     taken = footprint(front) if front.layout.cache else None
-    return {
+    return FrontView({
         "job": job.id,
         "model": front.model.name,
         "state": job.state,
@@ -64,7 +65,7 @@ def front_document(front: Front) -> dict[str, Any]:
         "device": serving.get("device") if serving.get("engine") else None,
         "limits": {ours: serving[name] for name, ours in LIMITS.items() if serving.get(name)},
         "weights_hash": job.weights_hash,
-    }
+    })  # fmt: skip
 
 
 def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[str, Any]:

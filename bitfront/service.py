@@ -23,6 +23,7 @@ from bitfront.documents import (
     job_document,
     point_document,
 )
+from bitfront.front_view import FrontView
 from bitfront.fronts import Front
 from bitfront.remembered import Fronts
 from cost_models.memory import PHASES
@@ -135,8 +136,8 @@ class Service:
         add_event(self.store, number, "state", state=found.state, error=None, by=by)
         return self._document(found)
 
-    def front(self, number: int) -> Document:
-        """See `Desk.front`."""
+    def front(self, number: int) -> FrontView:
+        """See `Desk.front`; the last line of a notebook's cell draws it."""
         return front_document(self.fronts.get(number))
 
     def detail(self, number: int) -> Document:

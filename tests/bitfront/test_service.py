@@ -484,15 +484,17 @@ def test_while_the_database_is_away_the_server_says_when_to_ask_again(tmp_path, 
         server.cleanup()
 
 
-def test_the_client_says_what_the_server_says(client, done):
-    _, job, _ = done
+def test_the_client_says_what_the_server_says(client):
     with pytest.raises(ServerSaysError, match="no job 999 in the store") as caught:
         client.job(999)
     assert caught.value.status == 404
-    front = client.front(job)
-    html = front._repr_html_()
-    assert "plotly" in html
-    assert len(front.figure().data) >= 3
+
+
+def test_a_notebook_draws_a_front_of_a_server_or_of_a_store(client, done):
+    store, job, _ = done
+    for front in (client.front(job), Service(store).front(job)):
+        assert "plotly" in front._repr_html_()
+        assert len(front.figure().data) >= 3
 
 
 def test_a_job_that_lives_is_shown_so(http, done):

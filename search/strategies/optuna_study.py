@@ -8,6 +8,7 @@ trials measured and goes on.
 
 import importlib
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +63,8 @@ class OptunaStudy(Strategy):
             storage=storage, study_name=name, load_if_exists=True,
             directions=["minimize", "minimize"], sampler=_sampler(sampler, setting.seed),
         )  # fmt: skip
+        with warnings.catch_warnings(action="ignore"):  # that names are experimental
+            self.study.set_metric_names(["loss", setting.resource])  # on optuna-dashboard's axes
         self._take_over()
         for choice in self._first_population():
             self.study.enqueue_trial(self._parameters(choice), skip_if_exists=True)

@@ -141,6 +141,7 @@ def test_an_optuna_study_lasts_and_starts_with_the_solvers_front(tmp_path):
         study = optuna.load_study(study_name="study", storage=url)
         done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
         counts.append(len(done))
+        assert study.metric_names == ["loss", "bits"]  # what optuna-dashboard calls them
         costs = [model.problem.total_cost(starts[b][0], "bits") for b in model.budgets]
         assert [t.values[1] for t in done[:2]] == costs
         assert all(t.constraints for t in done)

@@ -193,7 +193,7 @@ def front(
     as_json: JsonOption = False,
 ) -> None:
     """Show the measured Pareto front of JOB, its controls and what they tell."""
-    if server := following.server_of(server):
+    if server := following.server_of(server, store):
         following.front_from(server, job, html, as_json)
         return
     from bitfront.console import errors, print_json, show_front
@@ -273,7 +273,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a point of JOB for a target, reload it with the target's loader, and compare."""
-    if server := following.server_of(server):
+    if server := following.server_of(server, store):
         following.export_from(server, job, point, to, output, as_json)
         return
     from bitfront.console import print_json

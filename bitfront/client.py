@@ -125,14 +125,15 @@ class Client:
             number: of the job.
             after: the number of an event to go on after; 0 begins with the first one.
         """
-        end = time.monotonic() + self._patience_s
+        end, state = time.monotonic() + self._patience_s, None
         while True:
             try:
                 for event in self._stream(number, after):
                     end = time.monotonic() + self._patience_s
-                    after = event.get("id", after)
+                    after, state = event.get("id", after), event.get("state", state)
                     yield event
-                return
+                if state in ENDED:  # else it was cut off, and asking again tells why
+                    return
             except httpx.TransportError as error:
                 if time.monotonic() > end:
                     raise self._away(error) from error

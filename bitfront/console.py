@@ -72,6 +72,6 @@ def _caption(front: Mapping[str, Any]) -> str:
     floor = front["noise_floor"]
     if floor is not None:
         lines.append(f"Noise floor of {front['dtype']} arithmetic: {floor:.2g} nats per token.")
-    if front["transform"]:
+    if front.get("transform"):  # a server of an older version says nothing of it
         lines.append(f"Channels rescaled by {front['transform']}.")
     return " ".join(lines)

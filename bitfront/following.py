@@ -26,8 +26,8 @@ from quantization.errors import BitfrontError
 ServerOption = Annotated[
     str | None,
     typer.Option(
-        help="A server's URL; its token is $BITFRONT_TOKEN. Default: $BITFRONT_SERVER, else the "
-        "store is used itself."
+        help="A server's URL; its token is $BITFRONT_TOKEN. Default: $BITFRONT_SERVER, unless a "
+        "store is named."
     ),
 ]
 POLL_S = 1.0
@@ -39,7 +39,7 @@ ENDED = ("done", "failed", "cancelled")
 
 def desk(server: str | None, store: str | None, patience_s: float | None = None) -> Any:
     """Where jobs are handed in and asked for: a `service.Desk`."""
-    if server := server_of(server):
+    if server := server_of(server, store):
         from bitfront.client import Client
 
         return Client(server, patience_s=patience_s) if patience_s else Client(server)
@@ -48,9 +48,9 @@ def desk(server: str | None, store: str | None, patience_s: float | None = None)
     return Service(open_store(store))
 
 
-def server_of(given: str | None) -> str | None:
-    """The server that is meant, if any."""
-    return given or os.environ.get("BITFRONT_SERVER")
+def server_of(given: str | None, store: str | None) -> str | None:
+    """The server that is meant, if any: a store that is named is not a server's."""
+    return given or (None if store else os.environ.get("BITFRONT_SERVER"))
 
 
 def submitting(search: Callable[..., None]) -> Callable[..., None]:
@@ -266,7 +266,13 @@ def front_from(server: str, job: int | None, html: Path | None, as_json: bool) -
     client = Client(server)
     found = client.front(client.job(None)["id"] if job is None else job)
     if html:
-        found.figure().write_html(html, include_plotlyjs=True)
+        if not found["points"]:
+            raise BitfrontError(f"job {found['job']} has no measured points yet: nothing to draw")
+        try:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            found.figure().write_html(html, include_plotlyjs=True)
+        except OSError as error:
+            raise BitfrontError(f"can't write '{html}' ({error}); name another file") from error
         errors.print(f"wrote {html}; the server's own page has more: {server}", highlight=False)
     if as_json:
         _json(found)

@@ -120,12 +120,11 @@ def forecast_bytes(plan: Plan, estimator: str, share: Share, text: str = "calibr
 
 
 def worker_bytes(plan: Plan) -> int:
-    """The memory that a worker of a job will take: its libraries, a replica, its largest task.
+    """The memory that a worker of a job will have to itself: its libraries and its largest task.
 
-    The replica is counted in one scheme: pages of others are the system's to keep or to drop.
+    A replica is pages of the bank, which the workers of a node share and the system may drop; `auto`
+    counts as `USUAL`.
     """
-    itemsize = DTYPES[plan.dtype].itemsize
-    replica = plan.other_bytes + itemsize * sum(unit.numel for unit in plan.layout.units)
     units, chunks = len(plan.layout.units), len(plan.texts["calibration"].ids)
     names = [name if name in ESTIMATORS else USUAL for name in plan.config.estimators]
     tasks = [
@@ -133,7 +132,7 @@ def worker_bytes(plan: Plan) -> int:
         for name in dict.fromkeys(names)
         for share in ESTIMATORS[name].shares(units, chunks)
     ]
-    return LIBRARIES_BYTES + replica + max(tasks)
+    return LIBRARIES_BYTES + max(tasks)
 
 
 def _share_row(

@@ -144,7 +144,11 @@ class Evaluator:
         return loss.kl_sum / loss.tokens
 
     def _exact_hidden(self, exact: AssembledModel, ids: Ids) -> Tensor:
-        """Final hidden states in float32, a block at a time where the model can be cut."""
+        """Final hidden states in float32, a block at a time.
+
+        The whole model at once where it can't be cut, or isn't stored as it is computed with
+        (`open_weights`).
+        """
         exact.block_outputs = self.model.block_outputs
         try:
             passes = Passes(exact, ids[None])

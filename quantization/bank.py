@@ -38,7 +38,7 @@ Choices = Sequence[Sequence[Scheme]]
 Tensors = dict[str, Tensor]
 """Parameters by their name in the state dict."""
 
-REFERENCE = "reference"
+REFERENCE, REST = "reference", "rest"
 TOGETHER_BYTES = 2**27
 
 
@@ -266,7 +266,7 @@ class Bank:
 
     def _rest_path(self) -> Path:
         units = "|".join(site.parameter for unit in self.layout.units for site in unit.sites)
-        return self.folder / f"rest-{_short(units)}.safetensors"
+        return self.folder / f"{REST}-{_short(units)}.safetensors"
 
     def _entries(self, choices: Choices) -> list[tuple[Unit, Scheme | str]]:
         entries: list[tuple[Unit, Scheme | str]] = []
@@ -331,9 +331,12 @@ class Originals(Bank):
         return list(self._held.pop(unit.name, {}).values())
 
     def rest(self) -> Tensors:
-        """See `Bank.rest`."""
-        placed = {site.parameter for unit in self.layout.units for site in unit.stored}
-        return {name: self._weights[name] for name in self._weights if name not in placed}
+        """See `Bank.rest`; held for good, as replicas tell pages apart by where they lie."""
+        if REST not in self._held:
+            placed = {site.parameter for unit in self.layout.units for site in unit.stored}
+            own = (name for name in self._weights if name not in placed)
+            self._held[REST] = {name: self._weights[name] for name in own}
+        return self._held[REST]
 
 
 def _alike(layout: Layout, choices: Choices) -> Iterator[tuple[list[Unit], Sequence[Scheme]]]:

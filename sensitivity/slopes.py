@@ -72,7 +72,8 @@ class _KLGradient(WeightGradient):
         self, evaluator: Evaluator, schemes: Sequence[Scheme | None], ids: NDArray[np.int64]
     ) -> None:
         self._evaluator, self._ids = evaluator, ids
-        self.resident = not evaluator.bank.packed  # it measures whole maps, too
+        # it measures whole maps, too; the memory of a GPU is what `unload` is for
+        self.resident = not evaluator.bank.packed and evaluator.model.device.type == "cpu"
         self._p_TH = p_TH = evaluator.reference(ids)
 
         def by_logits(logits_TV: Tensor, _ids: Tensor, _generator: torch.Generator) -> Tensor:

@@ -203,7 +203,7 @@ class WeightGradient(Estimator):
         """`contract`, of errors that are made here if they are needed."""
         if not self.linear:
             return self.contract(torch.stack([s - exact_RC for s in shipped]), gradients_PRC)
-        found = [self.contract(s[None], gradients_PRC) for s in (exact_RC, *shipped)]
+        found = [self.contract(s[None], gradients_PRC).double() for s in (exact_RC, *shipped)]
         return torch.cat(found[1:]) - found[0]
 
     def _add_outer(

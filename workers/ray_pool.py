@@ -28,8 +28,8 @@ START_PATIENCE_S = 300
 SHARE_S = 3.0
 """How often a pool that shares workers with others looks how many are its own."""
 START_PAUSE_S = 1.0
-PATIENT_S = 10.0
-"""How long a pool waits for room before it says so."""
+PATIENT_S = 60.0
+"""How long a pool waits for its first worker before it says so: a node may have much to import."""
 MOST_FAILED_STARTS = 10
 OBJECT_STORE_BYTES = 128 * 2**20  # tasks and results are small; weights travel by the page cache
 
@@ -62,8 +62,8 @@ class Needs:
         gpus: of each; by default one where there are any.
         accelerator_type: such as `H100`, where nodes differ.
         memory_bytes: of each, which Ray reserves.
-        forecast_bytes: of each; reserved on a cluster where `memory_bytes` isn't said, but no more
-            than its largest node has.
+        forecast_bytes: of each, on a CPU; reserved on a cluster where `memory_bytes` isn't said, but
+            no more than half of what its largest node has: another job may want to run, too.
     """
 
     workers: int | None = None
@@ -85,7 +85,7 @@ class RayPool(Pool):
             pool shrinks and grows with it, to one actor at least, and waits for room as long as
             that takes. None: all of them, now.
         make: makes what does the work, in the actor.
-        notice: is told when there is no room for the first actor, and when there is.
+        notice: is told when no actor could be started for a while, and when one was.
     """
 
     def __init__(
@@ -102,14 +102,17 @@ class RayPool(Pool):
         gpus, cores = int(resources.get("GPU", 0)), max(int(resources.get("CPU", 1)), 1)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         machines = [node.get("CPU", 0) for node in nodes]
-        memory = needs.memory_bytes or (0 if address == LOCAL else _within(needs, nodes))
-        most = gpus or min(cores, MOST_LOCAL_WORKERS * max(len(machines), 1))
-        if memory:  # no more than there is memory for
-            room = sum(node.get("memory", 0) // memory for node in nodes)
-            most = max(1, min(most, int(room)))
-        most = needs.workers or most
+        most = needs.workers or gpus or min(cores, MOST_LOCAL_WORKERS * max(len(machines), 1))
+        memory = needs.memory_bytes or 0
         largest = int(max(machines, default=1)) or 1
         own = cores // most if needs.cpus is None else int(needs.cpus)
+        if not memory and address != LOCAL and not gpus and needs.forecast_bytes:
+            memory = _within(needs.forecast_bytes, nodes)
+            fits = [(node, _fits(node, memory)) for node in nodes]
+            room = sum(count for _, count in fits)
+            if room and needs.workers is None and needs.cpus is None:
+                most = min(most, room)
+                own = min(int(node["CPU"]) // count for node, count in fits if count)
         threads = max(min(own, largest), 1)
         options: dict[str, Any] = {
             "num_cpus": min(threads, cores / most) if needs.cpus is None else needs.cpus,
@@ -213,7 +216,6 @@ class RayPool(Pool):
         if not self._ready:
             ray.wait(wanted, num_returns=1, timeout=SHARE_S if self._share else None)
         done, _ = ray.wait(wanted, num_returns=len(wanted), timeout=0) if wanted else ([], [])
-        self._tell_of_waiting(bool(done))
         for reference in done:
             try:
                 if reference in self._starting:
@@ -222,21 +224,22 @@ class RayPool(Pool):
                     self._ready.append(outcome)
             except (RayTaskError, WorkerError) as error:  # told after what others have measured
                 self._ready.append(error)
+        self._tell_of_waiting()
 
-    def _tell_of_waiting(self, found: bool) -> None:
-        """Say that nothing goes on for want of room, once, and when it goes on."""
+    def _tell_of_waiting(self) -> None:
+        """Say that nothing goes on since no actor starts, once, and when it goes on."""
         waited = time.monotonic() - self._begun
-        if self._waits and found:
-            self._waits = False
-            self._notice(f"there is room now, after {waited:.0f} s")
-        elif len(self._starting) < len(self._actors) or found:
-            self._begun = time.monotonic()
+        if len(self._starting) < len(self._actors):
+            if self._waits:
+                self._notice(f"a worker has started, after {waited:.0f} s")
+            self._waits, self._begun = False, time.monotonic()
         elif not self._waits and waited > PATIENT_S:
             self._waits = True
             there = ray.available_resources()
             free = ", ".join(_resource(n, there.get(n, 0.0)) for n in ("CPU", "GPU", "memory"))
             self._notice(
-                f"waits for room on the cluster: a worker wants {self._wanted}; free there: {free}"
+                f"waits: no worker has started for {waited:.0f} s; each wants {self._wanted}, and "
+                f"free on the cluster are {free}"
             )
 
     def _started(self, reference: Any) -> None:
@@ -321,10 +324,16 @@ class RayPool(Pool):
             self._running[reference] = actor, task, attempt
 
 
-def _within(needs: Needs, nodes: list[dict[str, float]]) -> int:
-    """The forecast, as far as the largest node has so much memory."""
-    most = max((node.get("memory", 0) for node in nodes), default=0)
-    return int(min(needs.forecast_bytes or 0, most))
+def _within(forecast_bytes: int, nodes: list[dict[str, float]]) -> int:
+    """The forecast, as far as half of a node that has cores has so much memory."""
+    most = max((node.get("memory", 0) for node in nodes if node.get("CPU")), default=0)
+    return int(min(forecast_bytes, most / 2))
+
+
+def _fits(node: dict[str, float], memory: int) -> int:
+    """How many workers a node has cores and memory for."""
+    by_memory = node.get("memory", 0) // memory if memory else inf
+    return int(min(MOST_LOCAL_WORKERS, node.get("CPU", 0), by_memory))
 
 
 def _said(options: dict[str, Any]) -> str:

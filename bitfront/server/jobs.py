@@ -12,7 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 
 from bitfront.documents import event_document, log_line
-from bitfront.server.context import MOST_ID, Context, Here, JobId
+from bitfront.server.context import MOST_ID, Here, JobId
 from bitfront.server.policy import check_again, job_of
 from bitfront.server.problems import RETRY_AFTER_S, responses
 from bitfront.server.schema import COMPONENTS, JOB, job_schema
@@ -121,18 +121,32 @@ def history(
 
 
 def _known(context: Here, job: JobId) -> Job:
-    """A job that is there, and a place: once a stream has begun, it is too late to say no."""
+    """A job that is there: once a stream has begun, it is too late to say that it isn't."""
+    return find_job(context.store, job)
+
+
+async def _place(context: Here, job: JobId) -> AsyncIterator[None]:
+    """One of the streams that there may be, as long as a request goes on."""
     if context.streams >= MOST_STREAMS:
         raise HTTPException(
-            503,
+            429,
             f"{MOST_STREAMS} streams of events are open, the most that this server keeps; "
             f"ask `GET /api/v1/jobs/{job}` from time to time instead, or try again later",
             {"Retry-After": str(RETRY_AFTER_S)},
         )
-    return find_job(context.store, job)
+    context.streams += 1
+    try:
+        yield
+    finally:
+        context.streams -= 1
 
 
-@router.get("/{job}/events", response_class=EventSourceResponse)
+@router.get(
+    "/{job}/events",
+    response_class=EventSourceResponse,
+    dependencies=[Depends(_place)],
+    responses=responses(429),
+)
 async def events(
     request: Request,
     context: Here,
@@ -141,25 +155,13 @@ async def events(
 ) -> AsyncIterator[ServerSentEvent]:
     """What happens in a job, as it happens; `Last-Event-ID` goes on where a stream broke off.
 
-    Without it the stream begins with the job's state and what follows. It ends with the job.
+    Without it the stream begins with the job's state and what follows. It ends with the job, or when
+    its token is revoked.
     """
     store, job = context.store, found.id
     after = int(last_event_id) if last_event_id else await run_in_threadpool(
         latest_event, store, job
     )  # fmt: skip
-    context.streams += 1
-    try:
-        async for news in _follow(context, request, found, after):
-            yield news
-    finally:
-        context.streams -= 1
-
-
-async def _follow(
-    context: Context, request: Request, found: Job, after: int
-) -> AsyncIterator[ServerSentEvent]:
-    """A job's news after an event, until it is over, nobody listens or the token is revoked."""
-    store, job = context.store, found.id
     yield ServerSentEvent(event="state", data={"state": found.state, "error": found.error})
     told: Any = None
     quiet, over, checked = 0.0, 0, time.monotonic()

@@ -40,6 +40,7 @@ KINDS: tuple[tuple[type[Exception], int, str], ...] = (
 TITLES = {
     400: "Can't be read", 401: "Who are you?", 403: "Not allowed", 404: "Not found",
     405: "Not like that", 413: "Too large", 416: "Not in this file",
+    429: "Too many",
 }  # fmt: skip
 WORDS = {
     400: "the request can't be read: look at its headers, such as Range",

@@ -21,6 +21,7 @@ class Caller:
 
 
 def caller(
+    request: Request,
     context: Annotated[Context, Depends(context_of)],
     given: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
 ) -> Caller:
@@ -28,6 +29,7 @@ def caller(
 
     A token that is given is checked even where none is needed: a wrong one is a mistake.
     """
+    request.state.word = given.credentials if given else None
     if given is None:
         if context.settings.auth:
             raise _unauthorized("this server needs a token")
@@ -43,8 +45,8 @@ def caller(
 
 def still_known(context: Context, request: Request) -> bool:
     """Whether the token of a request that goes on has not been revoked since."""
-    word = request.headers.get("authorization", "").partition(" ")[2]
-    return not word or find_token(context.store, word) is not None
+    word = request.state.word
+    return word is None or find_token(context.store, word) is not None
 
 
 def _unauthorized(what: str) -> HTTPException:

@@ -1,5 +1,6 @@
 """The HTTP API in process, over a store with a finished job: what it says is what the store holds."""
 
+import json
 import re
 import subprocess
 import threading
@@ -344,7 +345,7 @@ def test_events_go_on_where_a_stream_broke_off(client, done):
 
 
 def test_commands_ask_a_server_what_they_would_ask_its_store(
-    client, done, bitfront_command, tmp_path
+    client, done, bitfront_command, tmp_path, monkeypatch
 ):
     store, job, _ = done
 
@@ -352,11 +353,18 @@ def test_commands_ask_a_server_what_they_would_ask_its_store(
         command = [bitfront_command, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    for asked in (["front"], ["front", str(job)], ["query", "--max-bits", "4.5"], ["jobs"]):
+    for asked in (["front", str(job)], ["query", str(job), "--max-bits", "4.5"], ["jobs"]):
         assert said(*asked, "--server", client.url) == said(*asked, "--store", store.url)
-    html = tmp_path / "front.html"
-    said("front", "--server", client.url, "--html", str(html))
+    html = tmp_path / "folder" / "front.html"
+    said("front", str(job), "--server", client.url, "--html", str(html))
     assert "plotly" in html.read_text()
+
+    monkeypatch.setenv("BITFRONT_SERVER", "http://127.0.0.1:9")  # nobody
+    ours = json.loads(said("front", str(job), "--store", store.url, "--json"))
+    its = json.loads(said("front", str(job), "--server", client.url, "--json"))
+    assert its.items() >= {k: v for k, v in ours.items() if k != "points"}.items()
+    for own, other in zip(ours["points"], its["points"], strict=True):
+        assert other.items() >= own.items()
 
 
 def test_logs_are_text(http, done):

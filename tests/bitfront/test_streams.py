@@ -59,7 +59,7 @@ def test_one_stream_more_than_there_may_be_is_told_so(served, monkeypatch):
     monkeypatch.setattr("bitfront.server.jobs.MOST_STREAMS", 1)
     with stream(http, address):
         refused = http.get(address)
-        assert refused.status_code == 503
+        assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) > 0
         assert "1 streams" in refused.json()["detail"]
 

@@ -37,8 +37,29 @@ class Counter:
         return 2 * number
 
 
-@pytest.fixture(scope="module")
-def small_node():
+@pytest.fixture
+def uneven():
+    """A cluster whose head has memory and no cores, of a node with 4 cores and one with 2."""
+    cluster = Cluster()
+    for cores, memory in ((0, 64), (4, 2), (2, 4)):
+        cluster.add_node(num_cpus=cores, memory=memory * 2**30, include_dashboard=False)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.parametrize("forecast_gib", [1.5, 64])
+def test_no_more_workers_than_there_is_memory_for(uneven, forecast_gib):
+    """One in 2 GiB and two in 4; of a forecast that no node has, half of the largest one is reserved."""
+    needs = Needs(forecast_bytes=int(forecast_gib * 2**30))
+    with RayPool(None, address=uneven.address, needs=needs, make=Counter) as pool:
+        assert pool.workers == len(pool.processes()) == 3
+        found = [o.value for o in pool.run(Task("double", {"number": n}) for n in range(5))]
+    assert sorted(found) == [0, 2, 4, 6, 8]
+
+
+@pytest.fixture
+def node():
     """A cluster of one node with four cores and 1 GiB that workers may reserve."""
     cluster = Cluster()
     cluster.add_node(num_cpus=4, memory=2**30, include_dashboard=False)
@@ -46,17 +67,7 @@ def small_node():
     cluster.shutdown()
 
 
-@pytest.mark.parametrize(("forecast", "workers"), [(300 * 2**20, 3), (8 * 2**30, 1)])
-def test_no_more_workers_than_there_is_memory_for(small_node, forecast, workers):
-    """By forecast; a forecast that no node has leaves one worker, which gets all there is."""
-    needs = Needs(forecast_bytes=forecast)
-    with RayPool(None, address=small_node.address, needs=needs, make=Counter) as pool:
-        assert pool.workers == len(pool.processes()) == workers
-        found = [o.value for o in pool.run(Task("double", {"number": n}) for n in range(5))]
-    assert sorted(found) == [0, 2, 4, 6, 8]
-
-
-def test_a_pool_says_that_it_waits_for_room_and_goes_on_when_there_is(small_node, monkeypatch):
+def test_a_pool_says_that_it_waits_for_room_and_goes_on_when_there_is(node, monkeypatch):
     monkeypatch.setattr("workers.ray_pool.PATIENT_S", 0.5)
     monkeypatch.setattr("workers.ray_pool.SHARE_S", 0.2)
     said = []
@@ -64,14 +75,14 @@ def test_a_pool_says_that_it_waits_for_room_and_goes_on_when_there_is(small_node
     def notice(text):
         said.append(text)
         if len(said) == 1:
-            small_node.add_node(num_cpus=1, num_gpus=1)
+            node.add_node(num_cpus=1, num_gpus=1)
 
-    pool = RayPool(None, small_node.address, Needs(1, cpus=1, gpus=1), lambda: 1.0, Counter, notice)
+    pool = RayPool(None, node.address, Needs(1, cpus=1, gpus=1), lambda: 1.0, Counter, notice)
     with pool:
         assert [o.value for o in pool.run([Task("double", {"number": 4})])] == [8]
     first, second = said
-    assert "a worker wants 1 CPU, 1 GPU; free there: 4 CPU, 0 GPU, 1.0 GiB of memory" in first
-    assert second.startswith("there is room now, after ")
+    assert "wants 1 CPU, 1 GPU, and free on the cluster are 4 CPU, 0 GPU, 1.0 GiB" in first
+    assert second.startswith("a worker has started, after ")
 
 
 def test_every_node_builds_its_own_bank(nodes, make_bank):

@@ -92,8 +92,11 @@ class _Neighbours:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
             host, origin = headers.get("host", ""), headers.get("origin")
-            name = urlsplit(f"//{host}").hostname if host.isascii() else None
-            if name not in LOOPBACK or origin not in {None, f"http://{host}", f"https://{host}"}:
+            if _name(host) not in LOOPBACK or origin not in {
+                None,
+                f"http://{host}",
+                f"https://{host}",
+            }:
                 refusal = problems.problem(
                     403,
                     "Not allowed",
@@ -103,6 +106,14 @@ class _Neighbours:
                 await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _name(host: str) -> str | None:
+    """Of a `Host`, without its port; None where it can't be read."""
+    try:
+        return urlsplit(f"//{host}").hostname if host.isascii() else None
+    except ValueError:  # brackets that hold no address
+        return None
 
 
 class _Headers:

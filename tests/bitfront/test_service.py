@@ -516,7 +516,10 @@ def test_a_job_that_lives_is_shown_so(http, done):
 def test_a_server_without_tokens_answers_only_this_machines_pages(app):
     """Names that lead to loopback by another's DNS, and forms of other sites, are refused."""
     with TestClient(app, HERE, raise_server_exceptions=False) as http:
-        for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+        for headers in (
+            {"Host": "evil.example"}, {"Host": "]t"}, {"Host": "[::1"},
+            {"Origin": "http://evil.example"},
+        ):  # fmt: skip
             text = problem(http.post(f"{API}/jobs/1/cancel", headers=headers), 403)
             assert "start it with --auth on" in text
         mine = {"Host": "localhost:8400", "Origin": "http://localhost:8400"}

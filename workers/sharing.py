@@ -19,8 +19,6 @@ from workers.pool import Outcome, Pool, Task
 
 AHEAD = 2
 """Tasks that are claimed for each worker, one of which it is at."""
-SERVINGS = 8
-"""In how many parts as many tasks as there are workers are claimed."""
 POLL_S = 0.3
 
 Late = Callable[[set[str]], None]
@@ -118,10 +116,9 @@ class SharingPool(Pool):
             self._late(late)
 
     def _feed(self) -> None:
-        """Claim the next tasks and hand them to workers, a few at a time: meanwhile nobody is served."""
+        """Claim the next tasks and hand them to workers, half of them at a time."""
         most = AHEAD * self._pool.workers
-        enough = most - max(1, self._pool.workers // SERVINGS)
-        while self._waiting and self._inside <= enough:
+        while self._waiting and self._inside < most - self._pool.workers // 2:
             tasks = [
                 self._waiting.popleft() for _ in range(min(most - self._inside, len(self._waiting)))
             ]

@@ -131,10 +131,11 @@ class Searcher:
         )
         search = Refinement(setting)
         self.clock.longest, told = 0.0, 0
-        while self.clock.allows(1 - JUDGING) and (question := search.ask()):
+        going = True
+        while going and self.clock.allows(1 - JUDGING):
             try:
-                with self.clock.step():
-                    self._measure(search, question)
+                with self.clock.step():  # solving takes its time, too
+                    going = self._step(search)
             except MeasurementError as error:  # what was found until now is there
                 self.log["failed"] = str(error)
                 break
@@ -151,6 +152,12 @@ class Searcher:
             "maps": {b: len(maps) for b, maps in histories.items()}, "steps": search.log,
         }  # fmt: skip
         return best
+
+    def _step(self, search: Refinement) -> bool:
+        """Answer the next question; False where there is none."""
+        if question := search.ask():
+            self._measure(search, question)
+        return question is not None
 
     def _measure(self, search: Refinement, question: Question) -> None:
         chunk = self.chunks[question.chunk]

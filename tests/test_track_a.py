@@ -20,7 +20,7 @@ def maps(tiny_folders, tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     subprocess.run(
         [sys.executable, SCRIPT, "--model", tiny_folders("llama"), "--text", folder / "text.txt",
-         "--minutes", "0.5", "--out", folder, "--bits", ",".join(map(str, BITS))],
+         "--minutes", "1", "--out", folder, "--bits", ",".join(map(str, BITS))],
         check=True, capture_output=True,
     )  # fmt: skip
     return folder, {
@@ -53,6 +53,6 @@ def test_maps_are_within_their_bits_and_load_fused(maps, tiny_folders):
 def test_what_the_search_cost_is_told(maps):
     folder, _ = maps
     log = json.loads((folder / "log.json").read_text())
-    assert log["seconds"]["all"] < 30
+    assert log["seconds"]["all"] < 60
     assert log["gradients"] > 0
     assert log["tokens"] == 512 * (log["gradients"] + log["measurements"])

@@ -3,7 +3,7 @@
 The same text, menu (integers of 2, 3, 4, 6 and 8 bits, groups of 64), threads and machine, one after
 the other in one run. Model-Optimizer needs an environment of its own, since its requirements differ:
 
-    python -m venv MO && MO/bin/pip install nvidia-modelopt transformers accelerate torch
+    python -m venv MO && MO/bin/pip install nvidia-modelopt requests transformers accelerate torch
     python benchmarks/scoring.py TEXT --modelopt MO/bin/python [--chunks 16] [--json PATH]
 """
 
@@ -89,6 +89,8 @@ def main() -> None:
     torch.set_num_threads(threads)
     results: dict[str, object] = {"threads": threads, "arithmetic": plan.dtype, **size}
     rows = {}
+    for share in ESTIMATORS[OURS[0]].shares(len(plan.choices), 1):  # the bank's pages, and torch
+        ESTIMATORS[OURS[0]].score(model, chunks[:1], plan.choices, share)
     for name in OURS:
         start = time.perf_counter()
         shares = ESTIMATORS[name].shares(len(plan.choices), len(chunks))

@@ -1,12 +1,12 @@
 """Answers to questions about measured maps: the best one under constraints, and two compared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from typing import Any
 
-from bitfront import latency
+from bitfront import caching, latency
 from bitfront.fronts import (
     Constraints,
     Front,
@@ -15,7 +15,7 @@ from bitfront.fronts import (
     losses,
     quality_key,
 )
-from cost_models.memory import PHASES, Phase, Sharing, Workload, kv_cache_bytes
+from cost_models.memory import PHASES, Phase, Sharing, Workload
 from quantization.errors import BitfrontError
 from search.statistics import paired_difference
 from store.database import Store
@@ -30,26 +30,30 @@ class NothingFitsError(BitfrontError):
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a job's maps take beside their weights, at a workload.
+    """What a job's maps take at a workload.
 
     Args:
-        cache_bytes: of the KV cache, on each device.
+        front: the job's.
+        workload: batch and context.
         activation_bytes: known for the job's own workload only, else 0.
+        sharing: what of it one of several devices holds.
     """
 
+    front: Front
     workload: Workload
-    cache_bytes: int
     activation_bytes: int
     sharing: Sharing
 
-    @property
-    def other_bytes(self) -> int:
-        """Everything but the weights."""
-        return self.cache_bytes + self.activation_bytes
+    def cache_bytes(self, point: Point) -> int:
+        """Of the KV cache, on each device."""
+        schemes = self.front.candidates[point.id].schemes
+        whole = caching.bytes_at(self.front.job, self.front.layout, schemes, self.workload)
+        return self.sharing.cache(whole)
 
-    def memory_bytes(self, weight_bytes: int) -> int:
+    def memory_bytes(self, point: Point) -> int:
         """Of each device."""
-        return self.sharing.weights(weight_bytes) + self.other_bytes
+        weights = self.sharing.weights(point.weight_bytes)
+        return weights + self.cache_bytes(point) + self.activation_bytes
 
 
 def footprint(front: Front, batch: int | None = None, context: int | None = None) -> Footprint:
@@ -58,8 +62,7 @@ def footprint(front: Front, batch: int | None = None, context: int | None = None
     given = {k: v for k, v in {"batch": batch, "context": context}.items() if v is not None}
     workload = Workload(**{**known["workload"], **given})
     sharing = Sharing(**known.get("sharing", {}))
-    cache = sharing.cache(kv_cache_bytes(front.layout, workload))
-    return Footprint(workload, cache, 0 if given else known["activation_bytes"], sharing)
+    return Footprint(front, workload, 0 if given else known["activation_bytes"], sharing)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Answer:
     @property
     def memory_bytes(self) -> int:
         """Weights, KV cache and activations."""
-        return self.footprint.memory_bytes(self.point.weight_bytes)
+        return self.footprint.memory_bytes(self.point)
 
     def to_json(self) -> dict[str, Any]:
         """As `bitfront query --json` prints it."""
@@ -90,9 +93,9 @@ class Answer:
         return {
             "job": self.front.job.id,
             "model": self.front.model.name,
-            "point": asdict(self.point),
+            "point": self.point.to_json(),
             "memory_bytes": self.memory_bytes,
-            "kv_cache_bytes": found.cache_bytes,
+            "kv_cache_bytes": found.cache_bytes(self.point),
             "activation_bytes": found.activation_bytes,
             "workload": {"batch": workload.batch, "context": workload.context, **shared},
             **{f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
@@ -124,8 +127,7 @@ def answer(
     point, why_not = best_point(
         front,
         Constraints(**bounds),
-        found.other_bytes if found else 0,
-        found.sharing if found else Sharing(),
+        found.memory_bytes if found else lambda point: point.size_bytes,
     )
     if point is None:
         raise NothingFitsError(str(why_not))
@@ -152,7 +154,7 @@ def best_answer(answers: Sequence[Answer], by_size: bool) -> tuple[Answer, list[
         groups.setdefault((job.model_hash, *job.facts["chunks"]["heldout"]), []).append(found)
 
     def rank(found: Answer) -> tuple[float, float]:
-        sizes = float(found.point.weight_bytes), found.point.kl
+        sizes = float(found.point.size_bytes), found.point.kl
         return sizes if by_size else sizes[::-1]
 
     ordered = sorted(groups.values(), key=lambda group: (-len(group), -group[0].front.job.id))

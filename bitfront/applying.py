@@ -60,13 +60,21 @@ def apply(
         BitfrontError: a map that isn't this model's or this job's.
     """
     checkpoint = resolve(demo_model() if model == DEMO else model)
-    foreign = read_map(file, checkpoint, describe(checkpoint).split())
+    layout = describe(checkpoint).split()
+    foreign = read_map(
+        file, checkpoint, layout.with_caches("apart") if layout.knows_caches else layout
+    )
     known = _job(store, job_number, checkpoint.weights_hash, foreign)
     base = (
         plan_again(known, find_model(store, known.model_hash))
         if known
         else make_plan(load_config(model, None, _overrides(foreign, text)))
     )
+    if foreign.caches and not base.caches.any():
+        raise ConfigError(
+            f"'{file}' quantizes the KV cache, which this job leaves as it is; name a job that "
+            "chooses its formats (search with --kv-menu), or leave --job out for a new one"
+        )
     schemes = _schemes(base.layout, foreign, file)
     if base.engine:  # a map that says bits leaves the type of the scales open
         schemes = [base.engine.variant(scheme) for scheme in schemes]
@@ -96,7 +104,8 @@ def _job(store: Store, number: int | None, weights_hash: str, foreign: Foreign) 
         return job
     for job, _ in list_jobs(store):
         engine = (job.config.get("serving") or {}).get("engine")
-        fits = foreign.engine in (None, engine)
+        cached = bool((job.config.get("menu") or {}).get("cache"))
+        fits = foreign.engine in (None, engine) and (cached or not foreign.caches)
         if job.model_hash == weights_hash and job.state == "done" and fits:
             return job
     return None
@@ -104,9 +113,14 @@ def _job(store: Store, number: int | None, weights_hash: str, foreign: Foreign) 
 
 def _overrides(foreign: Foreign, text: str | None) -> dict[str, Any]:
     """Of a job whose menu are the map's formats."""
-    found = sorted({*foreign.formats.values(), FULL_PRECISION})
+    weights = {name: f for name, f in foreign.formats.items() if name not in foreign.caches}
+    found = sorted({*weights.values(), FULL_PRECISION})
+    cache = sorted({*foreign.caches.values(), FULL_PRECISION}) if foreign.caches else None
     texts = {f"texts.{role}.source": text for role in ("calibration", "search", "heldout")}
-    return {"menu": {"schemes": found, "pinned": {}}, "serving.engine": foreign.engine, **texts}
+    return {
+        "menu": {"schemes": found, "pinned": {}}, "menu.cache": cache,
+        "serving.engine": foreign.engine, **texts,
+    }  # fmt: skip
 
 
 def _schemes(layout: Layout, foreign: Foreign, file: Path) -> list[Scheme]:
@@ -117,7 +131,7 @@ def _schemes(layout: Layout, foreign: Foreign, file: Path) -> list[Scheme]:
     schemes = []
     for unit in layout.units:
         found = {foreign.formats.get(site.name, FULL_PRECISION) for site in unit.sites}
-        if len(found) > 1 and len(unit.stored) > 1:
+        if len(found) > 1 and len(unit.matrices) > 1:
             raise ModelError(
                 f"'{file}' has {' and '.join(sorted(found))} in {unit.name}, which this job decides "
                 "as one; name a job with an engine that fuses nothing (llama.cpp, torch) by --job"

@@ -77,6 +77,11 @@ def run_audit(
     """Audit the estimators on a planned job; the job has `audit` among its facts then."""
     for name in options.estimators:
         ESTIMATORS[name]
+    if plan.caches.any():
+        raise ConfigError(
+            "audits are of estimators of weights, and this job chooses formats of its KV cache, too; "
+            "audit a job of the same model without --kv-menu"
+        )
     job = open_planned(plan, store)
     # those of an earlier audit cost nothing, and the best should be the best of all
     known = [e["name"] for e in job.facts.get("audit", {}).get("estimators", ())]

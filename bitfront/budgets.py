@@ -7,6 +7,7 @@ import numpy as np
 
 from bitfront import serving
 from bitfront.config import ConfigError
+from bitfront.uniforms import uniform_maps
 from cost_models import weight_bytes
 from cost_models.geometry import geometry_of
 from cost_models.memory import Sharing, activation_bytes, kv_cache_bytes, sharing_of
@@ -31,10 +32,13 @@ def budgets(plan: "Plan") -> tuple[int, ...]:
     most = most_bytes(plan)
     if smallest > most:
         limit = plan.config.serving.max_memory_bytes or 0
+        cache = f"KV cache of {plan.config.serving.batch} x {plan.config.serving.context} tokens"
+        has, rest = ("weights", f"the {cache} and to activations")
+        if plan.caches.any():
+            has, rest = (f"weights and {cache}", "activations")
         raise InfeasibleBudgetError(
-            f"no map fits into {limit:,} bytes of memory: the smallest has {smallest:,} of weights, "
-            f"and {limit - most:,} go to the KV cache of {plan.config.serving.batch} x "
-            f"{plan.config.serving.context} tokens and to activations; raise --max-memory, lower "
+            f"no map fits into {limit:,} bytes of memory: the smallest has {smallest:,} of {has}, "
+            f"and {limit - most:,} go to {rest}; raise --max-memory, lower "
             "--context, or add smaller formats to the menu"
         )
     wanted = [min(budget, most) for budget in wanted]
@@ -51,7 +55,9 @@ def budgets(plan: "Plan") -> tuple[int, ...]:
 
 
 def most_bytes(plan: "Plan") -> int:
-    """The weight bytes that a limit on memory leaves; more than any map has without one.
+    """The bytes that a limit on memory leaves for weights (and caches, where the menu opens them).
+
+    More than any map has, without a limit.
 
     Raises:
         ConfigError: the model's KV cache is unknown.
@@ -66,7 +72,7 @@ def most_bytes(plan: "Plan") -> int:
             "is, too; constrain --max-size instead of --max-memory"
         )
     sharing = sharing_in(plan)
-    cache = sharing.cache(kv_cache_bytes(plan.layout, workload))
+    cache = 0 if plan.caches.any() else sharing.cache(kv_cache_bytes(plan.layout, workload))
     return sharing.most_weights(wanted.max_memory_bytes - cache - working_bytes(plan))
 
 
@@ -95,9 +101,7 @@ def _smallest(plan: "Plan") -> int:
 
 def _default_budgets(plan: "Plan") -> list[int]:
     """The bytes of the menu's uniform maps and the middles between neighbours."""
-    from search.controls import uniform
-
     problem = plan.problem(np.zeros(plan.bytes_table.shape))
-    maps = [uniform(problem, column) for column in range(len(plan.menu))]
-    sizes = sorted({plan.weight_bytes(choice) for choice in maps if choice is not None})
+    maps = uniform_maps(plan, problem).values()
+    sizes = sorted({plan.weight_bytes(choice) for choice in maps})
     return sizes + [(a + b) // 2 for a, b in pairwise(sizes)]

@@ -84,6 +84,10 @@ def search(  # its options are read from the context, by `job_config`
         str | None,
         typer.Option(help="A shipped menu, a YAML file, or schemes: int4-g64,int8-g64."),
     ] = None,
+    kv_menu: Annotated[
+        str | None,
+        typer.Option(help="Formats of the KV cache, layer by layer: bf16,int8-g32,int4-g32."),
+    ] = None,
     bits: Annotated[
         str | None,
         typer.Option(help="Budgets as average bits, scales included: 3.5,4.25. Default: a sweep."),

@@ -68,9 +68,11 @@ class Menu(_Closed):
         forbidden: kinds or patterns to schemes of the menu that those units never get.
         most_formats: how many distinct weight formats a map may use; bf16 isn't counted.
         left_alone: the share of the units to decide that must stay in full precision.
+        cache: formats of the KV cache's keys and values to choose from; none leaves it as it is.
     """
 
     schemes: tuple[str, ...] = Field(min_length=1)
+    cache: tuple[str, ...] = ()
     pinned: dict[str, str] = Field(default_factory=dict)
     forbidden: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     most_formats: Count | None = None
@@ -79,7 +81,8 @@ class Menu(_Closed):
     @property
     def silent(self) -> set[str]:
         """The rules that say nothing; a job's key leaves them out, as when they didn't exist."""
-        return {n for n in ("forbidden", "most_formats", "left_alone") if not getattr(self, n)}
+        rules = ("forbidden", "most_formats", "left_alone", "cache")
+        return {n for n in rules if not getattr(self, n)}
 
 
 class TextConfig(_Closed):
@@ -224,7 +227,9 @@ def config_of(
         ConfigError: an unknown field or a wrong value, with the places in `problems`.
     """
     data = _preset("jobs", DEMO if model == DEMO else "default")
-    overrides = overrides or {}
+    overrides = dict(overrides or {})
+    cache = overrides.pop("menu.cache", None)
+    usual = data["menu"]
     data = _merge(data, given)
     for path, value in overrides.items():
         if value is not None:
@@ -240,8 +245,12 @@ def config_of(
     if isinstance(engine, str) and engine in ENGINE_MENUS and not asked:
         base = _menu(ENGINE_MENUS[engine])
         data["menu"] = _merge(base, own) if isinstance(own, dict) else base
+    elif isinstance(own, dict) and not asked:  # rules alone are for the preset's schemes
+        data["menu"] = _merge(_menu(usual), own)
     if isinstance(data.get("menu"), str):
         data["menu"] = _menu(data["menu"])
+    if cache is not None and isinstance(data["menu"], dict):
+        data["menu"] = {**data["menu"], "cache": cache}
     try:
         return JobConfig.model_validate({**_absolute(data), "model": _absolute_path(model)})
     except ValidationError as error:

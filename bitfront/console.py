@@ -46,7 +46,7 @@ def front_table(front: Mapping[str, Any]) -> Table:
         table.add_row(
             str(p["id"]),
             f"{p['average_bits']:.3f}",
-            show_bytes(p["weight_bytes"]),
+            show_bytes(p.get("size_bytes", p["weight_bytes"])),
             f"{p['kl']:.4f} ({p['kl_low']:.4f} to {p['kl_high']:.4f})",
             f"{p['perplexity']:.2f}",
             "" if p["predicted_kl"] is None else f"{p['predicted_kl']:.4f}",

@@ -2,11 +2,10 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from bitfront import latency
+from bitfront import caching, latency
 from bitfront.answering import Footprint, footprint
 from bitfront.front_view import FrontView
 from bitfront.fronts import Front, Point
@@ -74,10 +73,11 @@ def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[
     known = (job.facts.get("times") or {}).get("maps", {}).get(point.map_hash, {})
     predicted, joules = known.get("predicted") or {}, known.get("joules") or {}
     return {
-        **asdict(point),
+        **point.to_json(),
         "origin": candidate.origin,
         "schemes": dict(Counter(candidate.schemes).most_common()),
-        "memory_bytes": taken.memory_bytes(point.weight_bytes) if taken else None,
+        "size_bytes": point.size_bytes,
+        "memory_bytes": taken.memory_bytes(point) if taken else None,
         "decode_s": latency.seconds(job, point.map_hash, "decode"),
         "prefill_s": latency.seconds(job, point.map_hash, "prefill"),
         "times": next((kind for kind in ("measured", "predicted") if kind in known), None),
@@ -101,7 +101,7 @@ def detail_document(front: Front, tables: dict[str, Any] | None) -> dict[str, An
     ]  # fmt: skip
     bits = [
         [
-            8 * cost / unit.numel if name in names else None
+            _bits(front, unit, name, cost) if name in names else None
             for name, cost in zip(menu, costs, strict=True)
         ]
         for unit, names, costs in zip(
@@ -173,6 +173,14 @@ def log_line(event: Mapping[str, Any]) -> str:
     who = f" (by {event['by']})" if event.get("by") else ""
     said = f": {event['error']}" if event.get("error") else ""
     return f"{at}  state  {event.get('state')}{who}{said}"
+
+
+def _bits(front: Front, unit: Unit, scheme: str, cost: int) -> float:
+    """Of a number of the unit, scales included."""
+    if unit.kind != "cache":
+        return 8 * cost / unit.numel
+    schemes = [scheme] * len(front.layout.units)
+    return caching.unit_bits(front.job, front.layout, schemes)[unit.name]
 
 
 def rows_of(layout: Layout) -> list[str]:

@@ -31,7 +31,7 @@ def front_figure(front: Document) -> go.Figure:
     ))  # fmt: skip
     predicted = [p for p in chosen if p["predicted_kl"]]
     figure.add_trace(go.Scatter(
-        x=[p["weight_bytes"] / 1e6 for p in predicted], y=[p["predicted_kl"] for p in predicted],
+        x=[_size(p) / 1e6 for p in predicted], y=[p["predicted_kl"] for p in predicted],
         name="the same maps, predicted", mode="markers",
         marker={"symbol": "line-ew-open", "size": 15, "color": ACCENT, "line": {"width": 2}},
         hovertemplate="predicted KL %{y:.4f}<extra></extra>",
@@ -56,14 +56,20 @@ def front_figure(front: Document) -> go.Figure:
         dtick=1,
         gridcolor="#eceff2",
     )
-    figure.update_xaxes(
-        title="model weights, MB (everything that the file holds)", gridcolor="#eceff2"
-    )
+    cached = any("cache_bytes" in p for p in front["points"])
+    what = "weights and KV cache" if cached else "model weights"
+    more = "at the job's workload" if cached else "everything that the file holds"
+    figure.update_xaxes(title=f"{what}, MB ({more})", gridcolor="#eceff2")
     figure.update_layout(
         template="plotly_white", height=520, margin={"l": 70, "r": 20, "t": 10, "b": 55},
         legend={"x": 0.99, "xanchor": "right", "y": 0.99}, font={"color": INK, "size": 14},
     )  # fmt: skip
     return figure
+
+
+def _size(point: Document) -> float:
+    """What budgets count."""
+    return float(point["size_bytes"])
 
 
 def _trace(
@@ -80,7 +86,7 @@ def _trace(
         "arrayminus": [min(p["kl"] - p["kl_low"], 0.999 * p["kl"]) for p in points],
     }  # fmt: skip
     return go.Scatter(
-        x=[p["weight_bytes"] / 1e6 for p in points],
+        x=[_size(p) / 1e6 for p in points],
         y=[p["kl"] for p in points],
         error_y=error if intervals else None,
         name=name,

@@ -3,7 +3,7 @@
 No torch, no ray, no SciPy: `front`, `query` and `jobs` answer at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from math import exp, inf, isfinite
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bitfront import latency
+from bitfront import caching, latency
 from cost_models.memory import Sharing
 from quantization.units import Layout
 from search.front import non_dominated
@@ -42,7 +42,11 @@ NAMED = (PRESET, GIVEN)
 
 @dataclass(frozen=True)
 class Point:
-    """A measured candidate, in the pinned form of `bitfront front --json`."""
+    """A measured candidate, in the pinned form of `bitfront front --json`.
+
+    Args:
+        cache_bytes: of the KV cache at the job's workload, where the job chose its formats.
+    """
 
     id: int
     average_bits: float
@@ -56,6 +60,19 @@ class Point:
     control: str | None
     on_front: bool
     map_hash: str
+    cache_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; of a cache only where the job chose its formats."""
+        found = asdict(self)
+        if self.cache_bytes is None:
+            del found["cache_bytes"]
+        return found
+
+    @property
+    def size_bytes(self) -> int:
+        """What the front is drawn by, and budgets count."""
+        return self.weight_bytes + (self.cache_bytes or 0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,7 @@ class Front:
         return {
             "job": self.job.id,
             "model": self.model.name,
-            "points": [asdict(point) for point in self.points],
+            "points": [point.to_json() for point in self.points],
             **({"times": times} if times else {}),
         }
 
@@ -112,7 +129,8 @@ def quality_key(job: Job) -> QualityKey:
 def layout_of(job: Job, model: Model) -> Layout:
     """The units that a job decided: the model's, split where its engine fuses nothing."""
     layout = Layout.from_json(model.layout)
-    return layout.split() if job.facts.get("split") else layout
+    layout = layout.split() if job.facts.get("split") else layout
+    return layout.with_caches(job.facts["caches"]) if "caches" in job.facts else layout
 
 
 def losses(
@@ -162,15 +180,18 @@ def load_front(store: Store, job: Job) -> Front:
         np.array([c.weight_bytes for c in measured]),
         np.array([heldout[c.map_hash].kl.mean for c in measured]),
     )
+    model = find_model(store, job.model_hash)
+    layout = layout_of(job, model) if caching.is_open(job) else Layout((), (), 0)
+    held = {c.map_hash: caching.held_bytes(job, layout, c.schemes) for c in measured}
     points = tuple(
-        _point(c, heldout[c.map_hash], search.get(c.map_hash), bool(is_on))
+        _point(c, heldout[c.map_hash], search.get(c.map_hash), bool(is_on), held[c.map_hash])
         for c, is_on in zip(measured, on_front, strict=True)
     )
     reference = reference_hash(job.model_hash)
     unquantized = _losses(store, quality, [reference], chunks["heldout"]).get(reference)
     return Front(
         job,
-        find_model(store, job.model_hash),
+        model,
         points,
         {c.point: c for c in measured},
         unquantized.perplexity if unquantized else None,
@@ -185,11 +206,14 @@ def load_front(store: Store, job: Job) -> Front:
     )
 
 
-def _point(c: Candidate, loss: MapLoss, search: MapLoss | None, on_front: bool) -> Point:
+def _point(
+    c: Candidate, loss: MapLoss, search: MapLoss | None, on_front: bool, cache_bytes: int | None
+) -> Point:
     return Point(
         id=c.point,
         average_bits=c.average_bits,
-        weight_bytes=c.weight_bytes,
+        weight_bytes=c.weight_bytes - (cache_bytes or 0),
+        cache_bytes=cache_bytes,
         kl=loss.kl.mean,
         kl_low=loss.kl.low,
         kl_high=loss.kl.high,
@@ -213,8 +237,8 @@ def _findings(
         if of[control.id].certificate:
             findings.append(f"At its size, {name} is also the solver's choice.")
             continue
-        largest = control.weight_bytes * (1 + SAME_SIZE)
-        rivals = [p for p in points if not p.control and p.weight_bytes <= largest]
+        largest = control.size_bytes * (1 + SAME_SIZE)
+        rivals = [p for p in points if not p.control and p.size_bytes <= largest]
         best = min(rivals, key=lambda p: p.kl, default=None)
         if best is not None:
             findings.append(_compare(best, control, name, heldout))
@@ -237,7 +261,7 @@ def _bought(
             p
             for p in points
             if not (p.control or is_later(of[p.id]))
-            and abs(p.weight_bytes / point.weight_bytes - 1) < COMPARABLE_SIZE
+            and abs(p.size_bytes / point.size_bytes - 1) < COMPARABLE_SIZE
         ]
         if before := min(near, key=lambda p: p.kl, default=None):
             mine, theirs = heldout[point.map_hash], heldout[before.map_hash]
@@ -283,7 +307,7 @@ def _compare(ours: Point, control: Point, name: str, heldout: dict[str, MapLoss]
     mine, theirs = heldout[ours.map_hash], heldout[control.map_hash]
     gap = paired_difference(mine.kl_sums, theirs.kl_sums, mine.tokens)
     share = f"{ours.kl / control.kl - 1:+.0%} KL" if control.kl > 0 else f"{gap.mean:+.2g} nats"
-    fewer = 1 - ours.weight_bytes / control.weight_bytes
+    fewer = 1 - ours.size_bytes / control.size_bytes
     size = "the same bytes" if fewer < COMPARABLE_SIZE else f"{fewer:.0%} fewer bytes"
     if gap.high < 0:
         but = ""
@@ -317,11 +341,16 @@ class Constraints:
 
 
 def best_point(
-    front: Front, limits: Constraints, cache_bytes: int, sharing: Sharing = ALONE
+    front: Front, limits: Constraints, memory: Callable[[Point], int]
 ) -> tuple[Point | None, str | None]:
     """The point of least KL (then least bytes) within the limits, or why there is none.
 
     With a limit on the KL the question is turned round: the fewest bytes that stay within it.
+
+    Args:
+        front: whose points.
+        limits: upper bounds.
+        memory: what a point takes of a device's.
     """
     if not front.points:
         return None, f"job {front.job.id} has no measured points yet"
@@ -332,7 +361,7 @@ def best_point(
         (
             "memory_bytes",
             limits.memory_bytes,
-            lambda p: sharing.weights(p.weight_bytes) + cache_bytes,
+            memory,
         ),
         *_latency_checks(front, limits),
     ]
@@ -340,8 +369,8 @@ def best_point(
     fitting = [p for p in front.points if all(value(p) <= limit for _, limit, value in checks)]
     if fitting:
         if limits.kl < inf:
-            return min(fitting, key=lambda p: (p.weight_bytes, p.kl)), None
-        return min(fitting, key=lambda p: (p.kl, p.weight_bytes)), None
+            return min(fitting, key=lambda p: (p.size_bytes, p.kl)), None
+        return min(fitting, key=lambda p: (p.kl, p.size_bytes)), None
     impossible = [
         f"{name} <= {_number(limit)} "
         + (f"(the smallest is {_number(least)})" if isfinite(least) else "(none is timed yet)")

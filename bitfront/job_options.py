@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitfront.config import JobConfig, load_config
-from bitfront.options import bytes_of, numbers_of, seconds_of, serving_of, sizes_of
+from bitfront.options import bytes_of, names_of, numbers_of, seconds_of, serving_of, sizes_of
 
 PLAIN = (
     "menu", "revision", "quantizer", "imatrix", "bank", "dtype", "transform", "interactions", "seed",
@@ -38,6 +38,7 @@ def job_config(given: Mapping[str, Any]) -> JobConfig:
         "budgets": numbers_of(given["bits"]),
         "budgets_bytes": sizes_of(given["max_size"]),
         "trust_remote_code": given["trust_remote_code"] or None,
+        "menu.cache": names_of(given["kv_menu"]),
         "estimators": estimators.split(",") if estimators else None,
         "serving.max_memory_bytes": bytes_of(max_memory) if max_memory else None,
         "serving.max_decode_s": seconds_of(given["max_decode_latency"]),

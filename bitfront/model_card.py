@@ -88,8 +88,10 @@ def _summary(front: Front, point: Point, found: dict[str, Any]) -> str:
 
 
 def _formats(precision_map: PrecisionMap) -> str:
-    counts = Counter(unit.scheme.weight for unit in precision_map.units)
-    rows = [f"| {name} | {count} |" for name, count in counts.most_common()]
+    weights = Counter(unit.scheme.weight for unit in precision_map.weights)
+    caches = Counter(precision_map.caches.values())  # keys or values of a layer
+    rows = [f"| {name} | {count} |" for name, count in weights.most_common()]
+    rows += [f"| {name}, KV cache | {count} |" for name, count in caches.most_common()]
     return "\n".join([
         "## Map\n",
         f"`precision_map.json` lists every unit (hash `{precision_map.map_hash}`).\n",
@@ -104,6 +106,11 @@ def _costs(front: Front, point: Point, found: dict[str, Any]) -> str:
             "counted them"
         )
     ]
+    if point.cache_bytes is not None:
+        load = front.job.facts["memory"]["workload"]
+        rows.append(
+            f"- KV cache of {load['batch']} x {load['context']} tokens: {point.cache_bytes:,} bytes"
+        )
     if "weight_bytes" in found:
         rows.append(f"- tensors as written: {found['weight_bytes']:,} bytes")
     facts = front.job.facts.get("times") or {}

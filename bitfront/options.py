@@ -83,6 +83,11 @@ def numbers_of(text: str | None) -> list[float] | None:
         raise BitfrontError(f"'{text}' is not a list of numbers such as 3.5,4.25") from None
 
 
+def names_of(text: str | None) -> list[str] | None:
+    """Names, comma-separated."""
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
 def open_store(url: str | None) -> Any:
     """The store at an address, its schema checked."""
     from store.database import Store, default_url

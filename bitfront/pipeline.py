@@ -177,11 +177,13 @@ def open_planned(plan: Plan, store: Store, submitted: int | None = None) -> Job:
         "quantizer": plan.quantizer,
         "transform": plan.folding.identity if plan.folding else None,
         "budgets": list(plan.budgets),
-        "split": plan.layout != plan.described,
+        "split": plan.layout.weights != plan.described.units,
         "estimators": list(plan.config.estimators),
         "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
     }
-    if plan.engine or plan.config.serving.max_memory_bytes:
+    if plan.caches.any():
+        facts["caches"] = plan.engine.cache_sharing if plan.engine else "apart"
+    if plan.engine or plan.config.serving.max_memory_bytes or plan.caches.any():
         wanted = plan.config.serving
         workload = {"batch": wanted.batch, "context": wanted.context}
         facts["memory"] = {"workload": workload, "activation_bytes": working_bytes(plan)}

@@ -24,7 +24,7 @@ from bitfront.config import (
 )
 from bitfront.demo import NAME, demo_model
 from bitfront.serving import Times
-from cost_models import weight_bytes
+from cost_models import cache_bytes, weight_bytes
 from cost_models.devices import LOCAL
 from engines import Engine, Rules
 from evaluation.arithmetic import DTYPES, choose_dtype, memory_bytes
@@ -62,7 +62,8 @@ class Plan:
         described: the model as it is, before an engine that fuses nothing splits its units.
         choices: the schemes of each unit; one for those that are pinned.
         menu: the columns of all tables.
-        bytes_table: units x schemes; `other_bytes` come on top of every map.
+        bytes_table: units x schemes; `other_bytes` come on top of every map. Units of KV caches
+            count with what they hold at the job's workload.
         budgets: upper bounds on weight bytes, rising.
         folding: how `checkpoint` is made, where the job has a transform.
         engine: whose rules and bytes count, where the job names one.
@@ -109,6 +110,11 @@ class Plan:
         return np.array([len(row) > 1 for row in self.choices])
 
     @property
+    def caches(self) -> NDArray[np.bool_]:
+        """The units that are KV caches."""
+        return np.array([unit.kind == "cache" for unit in self.layout.units])
+
+    @property
     def fixed_bytes(self) -> int:
         """Weight bytes outside the units that the search decides."""
         closed = ~self.open_units
@@ -118,9 +124,15 @@ class Plan:
 
     @property
     def quantizable_numel(self) -> int:
-        """Weights of the units that the search decides."""
-        pairs = zip(self.layout.units, self.open_units, strict=True)
-        return sum(unit.numel for unit, is_open in pairs if is_open)
+        """Weights of the units that the search decides, and numbers of the caches among them."""
+        workload = serving.workload_of(self.config.serving)
+        return sum(
+            cache_bytes.unit_numbers(unit, self.layout, workload)
+            if unit.kind == "cache"
+            else unit.numel
+            for unit, is_open in zip(self.layout.units, self.open_units, strict=True)
+            if is_open
+        )
 
     def problem(self, loss: NDArray[np.float64]) -> Problem:
         """The allocation problem under a loss table."""
@@ -154,11 +166,11 @@ class Plan:
         return limits
 
     def weight_bytes(self, choice: NDArray[np.intp]) -> int:
-        """Exact bytes of all weights under a map."""
+        """Exact bytes of all weights (and open KV caches) under a map."""
         return int(self.bytes_table[np.arange(len(choice)), choice].sum()) + self.other_bytes
 
     def average_bits(self, choice: NDArray[np.intp]) -> float:
-        """Bits a weight over the units that the search decides."""
+        """Bits a number over the units that the search decides."""
         rows = np.flatnonzero(self.open_units)
         return 8 * int(self.bytes_table[rows, choice[rows]].sum()) / self.quantizable_numel
 
@@ -235,6 +247,13 @@ def make_plan(config: JobConfig) -> Plan:
     if engine:
         engine.check(load_config(checkpoint))
         layout = described if engine.fuses else described.split()
+    if config.menu.cache:
+        layout = layout.with_caches(engine.cache_sharing if engine else "apart")
+        if config.serving.tensor_parallel > 1:
+            raise ConfigError(
+                "formats of the KV cache can't be chosen under tensor parallelism yet; leave "
+                "--tensor-parallel or the cache's formats out"
+            )
     choices = rules.choices(layout, config.menu, engine)
     if not any(len(row) > 1 for row in choices):
         raise ConfigError(
@@ -253,7 +272,7 @@ def make_plan(config: JobConfig) -> Plan:
         layout=layout,
         choices=choices,
         menu=columns,
-        bytes_table=weight_bytes.table(layout, columns, engine),
+        bytes_table=_bytes(config, layout, columns, engine),
         other_bytes=weight_bytes.other_bytes(layout, engine, load_config(checkpoint)),
         budgets=(),
         texts=make_texts(load_tokenizer(checkpoint), requests),
@@ -272,6 +291,8 @@ def make_plan(config: JobConfig) -> Plan:
 
 def settled(plan: Plan, store: Store) -> Plan:
     """The plan with what `auto` stands for among its estimators, and why."""
+    if plan.caches.any():
+        plan = _scoring_caches(plan)
     if AUTO not in plan.config.estimators:
         return plan
     names = [scheme.name for scheme in plan.menu]
@@ -290,6 +311,23 @@ def settled(plan: Plan, store: Store) -> Plan:
     config = plan.config.model_copy(update={"estimators": estimators})
     because = f"{AUTO}: {' and '.join(found)}, {why}"
     return replace(plan, config=config, because=because, evidence=evidence)
+
+
+def _scoring_caches(plan: Plan) -> Plan:
+    """Without the estimators that know nothing of KV caches.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    wanted = plan.config.estimators
+    able = tuple(name for name in wanted if name == AUTO or ESTIMATORS[name].caches)
+    if not able:
+        known = ", ".join(name for name in ESTIMATORS if ESTIMATORS[name].caches)
+        raise ConfigError(
+            f"{', '.join(wanted)} can't score the KV cache, whose formats this job chooses; give "
+            f"--estimators {known.split(', ')[0]}, or others of {known}"
+        )
+    return replace(plan, config=plan.config.model_copy(update={"estimators": able}))
 
 
 def plan_again(job: Job, model: Model) -> Plan:
@@ -320,8 +358,16 @@ def admitting(plan: Plan, schemes: Sequence[Scheme]) -> Plan:
     pairs = zip(plan.choices, schemes, strict=True)
     choices = tuple(tuple(dict.fromkeys((*row, scheme))) for row, scheme in pairs)
     columns = tuple(dict.fromkeys((*plan.menu, *schemes)))
-    table = weight_bytes.table(plan.layout, columns, plan.engine)
+    table = _bytes(plan.config, plan.layout, columns, plan.engine)
     return replace(plan, choices=choices, menu=columns, bytes_table=table, times=None)
+
+
+def _bytes(
+    config: JobConfig, layout: Layout, columns: Sequence[Scheme], engine: Rules | None
+) -> NDArray[np.int64]:
+    """Units x schemes."""
+    caches = cache_bytes.table(layout, columns, serving.workload_of(config.serving))
+    return weight_bytes.table(layout, columns, engine) + caches
 
 
 def _imported(config: JobConfig, plan: Plan) -> Imported | None:

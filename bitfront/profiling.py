@@ -89,7 +89,7 @@ class Subject:
         wanted = self.engine.reference
         return tuple(
             Scheme(FULL_PRECISION)
-            if any(self.engine.refusal(site, wanted) for site in unit.sites)
+            if unit.kind == "cache" or any(self.engine.refusal(site, wanted) for site in unit.sites)
             else wanted
             for unit in self.layout.units
         )
@@ -117,10 +117,12 @@ class Subject:
         order = np.argsort(np.where(self.offered, nbytes, np.inf), axis=1, kind="stable")
         counts = self.offered.sum(axis=1)
         rows = np.arange(len(order))
+        caches = np.array([unit.kind == "cache" for unit in self.layout.units])
         found = []
         for step in range(ANCHORS):
             place = step / (ANCHORS - 1)
             drawn = np.clip(generator.normal(place, SPREAD, len(rows)), 0, 1)
+            drawn[caches] = 1  # what they cost is in no product
             found.append(order[rows, np.round(drawn * (counts - 1)).astype(int)])
         return found
 

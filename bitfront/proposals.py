@@ -9,9 +9,10 @@ from bitfront.budgets import most_bytes
 from bitfront.fronts import PRESET
 from bitfront.plan import Plan
 from bitfront.serving import limits_s, resource
+from bitfront.uniforms import uniform_maps
 from cost_models import weight_bytes
 from quantization.checkpoints import load_config
-from search.controls import random_at, some_formats, uniform
+from search.controls import random_at, some_formats
 from search.errors import InfeasibleBudgetError
 from search.exact import solve, sweep
 from search.problem import Choice, Problem
@@ -38,16 +39,12 @@ def propose(plan: Plan, job_id: int, problems: dict[str, Problem]) -> list[Candi
         # a control with a certificate is what the solver would have chosen, too
         candidate.certificate = candidate.certificate or certificate
 
-    uniforms = [
-        (column, choice)
-        for column in range(len(plan.menu))
-        if (choice := uniform(any_problem, column)) is not None
-    ]
-    for column, choice in uniforms:
-        add(choice, f"uniform {plan.menu[column].name}", "uniform")
+    uniforms = uniform_maps(plan, any_problem)
+    for name, choice in uniforms.items():
+        add(choice, f"uniform {name}", "uniform")
     for name, choice in _presets(plan):
         add(choice, f"{PRESET} {name}", PRESET)
-    sizes = sorted(plan.weight_bytes(choice) for _, choice in uniforms)
+    sizes = sorted(plan.weight_bytes(choice) for choice in uniforms.values())
     generator = np.random.default_rng(plan.config.seed)
     asked = plan.config.budgets or plan.config.budgets_bytes
     around = list(plan.budgets) if asked or not sizes else sizes

@@ -173,7 +173,7 @@ def _table_row(front: Front, point: Point) -> str:
 
     counts = Counter(front.candidates[point.id].schemes)
     cells: list[Any] = [
-        point.id, f"{point.average_bits:.3f}", show_bytes(point.weight_bytes), number(point.kl),
+        point.id, f"{point.average_bits:.3f}", show_bytes(point.size_bytes), number(point.kl),
         f"{number(point.kl_low)} to {number(point.kl_high)}", number(point.perplexity, 2),
         number(point.predicted_kl), number(point.search_kl),
         ", ".join(f"{n} {name}" for name, n in counts.most_common()),

@@ -12,7 +12,7 @@ from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout, Unit
 from search.problem import FewFormats, Ints, changed
 
-KINDS = ("embedding", "experts", "head", "linear")
+KINDS = ("cache", "embedding", "experts", "head", "linear")
 CHANGED = "changed_units"
 
 
@@ -26,9 +26,13 @@ def choices(
     """
     _check_patterns(layout, menu)
     schemes = [Scheme.parse(name) for name in dict.fromkeys(menu.schemes)]
+    pasts = [Scheme.parse(name) for name in dict.fromkeys(menu.cache)]
     pins = {pattern: Scheme.parse(name) for pattern, name in menu.pinned.items()}
     bans = {p: {Scheme.parse(name) for name in names} for p, names in menu.forbidden.items()}
-    found = tuple(_choices(unit, schemes, pins, bans) for unit in layout.units)
+    found = tuple(
+        _choices(unit, pasts if unit.kind == "cache" else schemes, pins, bans)
+        for unit in layout.units
+    )
     return tuple(_served(u, row, engine) for u, row in zip(layout.units, found, strict=True))
 
 
@@ -38,8 +42,9 @@ def _served(unit: Unit, schemes: tuple[Scheme, ...], engine: Rules | None) -> tu
         return schemes
     reasons = {scheme: engine.unit_refusal(unit, scheme) for scheme in schemes}
     served = tuple(scheme for scheme, why in reasons.items() if why is None)
-    if not served:
-        why = next(iter(reasons.values()))
+    # a cache that can only stay as it is was not what was asked for
+    if not served or (unit.kind == "cache" and len(served) < min(2, len(schemes))):
+        why = next(why for why in reasons.values() if why)
         raise ConfigError(f"{engine.name} serves no scheme of the menu for {unit.name}: {why}")
     return served
 
@@ -71,7 +76,7 @@ def _choices(
         scheme
         for scheme in schemes
         if scheme not in banned
-        and not any(FORMATS[scheme.weight].refusal(site.shape) for site in unit.stored)
+        and not any(FORMATS[scheme.weight].refusal(site.shape) for site in unit.matrices)
     )
     if not fitting:
         but = f", forbidden ones left out ({', '.join(sorted(s.name for s in banned))})"

@@ -18,7 +18,7 @@ from bitfront.pipeline import run_search
 from bitfront.plan import Plan, make_plan, plan_again, settled
 from bitfront.progress import Lines, RichProgress
 from bitfront.sizes import show_bytes
-from search.controls import uniform
+from bitfront.uniforms import uniform_maps
 from store.database import Store
 from store.queries import find_job, find_model
 from workers.pool import InProcessPool, Pool
@@ -101,11 +101,14 @@ def dry_run(config: JobConfig, as_json: bool) -> None:
         return
     units = Table("unit", "kind", "weights", "schemes", title=plan.name)
     for unit, row in zip(plan.layout.units, plan.choices, strict=True):
-        units.add_row(unit.name, unit.kind, f"{unit.numel:,}", ", ".join(s.name for s in row))
+        numbers = f"{unit.numel:,}" if unit.numel else ""
+        units.add_row(unit.name, unit.kind, numbers, ", ".join(s.name for s in row))
     for kept in plan.layout.kept:
         units.add_row(kept.name, "kept", f"{kept.numel:,}", f"full precision: {kept.reason}")
     print_table(units)
-    sizes = Table("uniform map", "average bits", "weights")
+    caches = f" and KV cache at {config.serving.batch} x {config.serving.context} tokens"
+    whose = f"weights{caches if plan.caches.any() else ''}"
+    sizes = Table("uniform map", "average bits", whose)
     for entry in document["uniform"]:
         sizes.add_row(
             entry["scheme"], f"{entry['average_bits']:.4f}", show_bytes(entry["weight_bytes"])
@@ -138,15 +141,13 @@ def _summary(plan: Plan) -> str:
 
 def _document(plan: Plan) -> dict[str, Any]:
     problem = plan.problem(plan.bytes_table.astype(float))
-    maps = {i: uniform(problem, i) for i in range(len(plan.menu))}
     uniforms = [
         {
-            "scheme": plan.menu[i].name,
+            "scheme": name,
             "average_bits": plan.average_bits(choice),
             "weight_bytes": plan.weight_bytes(choice),
         }
-        for i, choice in maps.items()
-        if choice is not None
+        for name, choice in uniform_maps(plan, problem).items()
     ]
     texts = plan.config.texts
     controls = len(uniforms) + plan.config.random_controls

@@ -15,7 +15,7 @@ from bitfront.config import ConfigError, ServingConfig
 from bitfront.profiling import Profile, Subject, profile
 from bitfront.progress import Progress
 from cost_models.devices import LOCAL, Device, load_device
-from cost_models.memory import PHASES, Phase, Workload
+from cost_models.memory import FULL_CACHE_BITS, PHASES, Phase, Workload
 from cost_models.probing import core_limit, local_name
 from engines import Engine, Rules, load_engine
 from quantization.checkpoints import Checkpoint, load_config
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MEASURED, ANALYTICAL = "measured", "analytical"
 NANOSECONDS = 1e9
+NO_BITS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -207,10 +208,12 @@ def analytical_times(
     from cost_models.roofline import fixed_s, table
 
     geometry = geometry_of(load_config(checkpoint), layout)
+    open_cache = len(layout.weights) < len(layout.units)
+    bits = NO_BITS if open_cache else FULL_CACHE_BITS  # then it is in the table
     return Times(
         ANALYTICAL,
         {p: table(layout, geometry, menu, device, workload, p, engine.name) for p in PHASES},
-        {p: fixed_s(layout, geometry, device, workload, p) for p in PHASES},
+        {p: fixed_s(layout, geometry, device, workload, p, bits) for p in PHASES},
         dict.fromkeys(PHASES),
     )
 

@@ -41,7 +41,12 @@ class Product:
 def products(
     unit: Unit, scheme: Scheme, engine: Engine, workload: Workload, phase: Phase
 ) -> list[Product]:
-    """The products of a unit. Looking up an embedding is none; a head works on last tokens only."""
+    """The products of a unit. Looking up an embedding is none; a head works on last tokens only.
+
+    Attention is in what all maps take, whatever its cache is kept in.
+    """
+    if unit.kind == "cache":
+        return []
     tokens = workload.batch if phase == "decode" else workload.batch * workload.prompt
     turns = [(AT_ONCE, tokens // AT_ONCE), (tokens % AT_ONCE, 1)]
     found = []

@@ -20,7 +20,7 @@ from cost_models.memory import (
     cache_widths,
 )
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import Layout, Site, Unit
+from quantization.units import Layout, Site, Unit, cache_slot
 
 UNPACK_OPS = {"gguf": 6.0, "table": 8.0, "mixture": 8.0, "dialect": 12.0}
 """Lane instructions to turn one stored weight into a 16-bit number, by format family. Counted, not
@@ -87,6 +87,8 @@ def unit_operators(
 
     `separate` makes a launch of every matrix instead of one of the fused unit.
     """
+    if unit.kind == "cache":
+        return [_kept(index, unit, scheme, geometry, workload, phase)]
     tokens = workload.batch * (1 if phase == "decode" else workload.prompt)
     # a tied head is the second site of the embedding's unit, and reads the same parameter
     sites = unit.sites[1:] if unit.kind == "embedding" else unit.sites
@@ -234,6 +236,25 @@ def _attention(
         activation_bytes=workload.batch * queries * heads * width * ELEMENT_BYTES,
         cache_bytes=workload.batch * cache,
     )
+
+
+def _kept(
+    index: int, unit: Unit, scheme: Scheme, geometry: Geometry, workload: Workload, phase: Phase
+) -> Operator:
+    """Reading a cache for a token, and writing its row; in prefill both, once for all tokens."""
+    from quantization.formats import FORMATS
+
+    moved = 0.0
+    for site in unit.sites:
+        layer = geometry.layers[cache_slot(site)[0]]
+        if phase == "decode":
+            tokens = min(workload.context, layer.window or workload.context) + 1
+        else:
+            tokens = 2 * workload.prompt
+        heads, width = site.shape
+        moved += FORMATS[scheme.weight].nbytes((tokens * heads, width))
+    share = moved / workload.tensor_parallel
+    return Operator(f"cache.{index}", None, ops=0, cache_bytes=workload.batch * share, launches=0)
 
 
 def _elementwise(

@@ -1,7 +1,7 @@
 """The contracts of the room: an engine serves maps, an export target writes what an engine loads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from quantization.checkpoints import Checkpoint
 from quantization.precision_map import PrecisionMap
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import Layout, Site, Unit, UnitKind
+from quantization.units import CacheSharing, Layout, Site, Unit, UnitKind
 
 if TYPE_CHECKING:
     from evaluation.evaluator import Evaluator
@@ -124,6 +124,11 @@ class Rules(ABC):
     kept: Mapping[UnitKind, str] = {}
     """Kinds of units that stay in full precision, and why."""
 
+    cache_sharing: CacheSharing = "all"
+    """What of its KV cache has one format."""
+    cache_formats: Collection[str] = (FULL_PRECISION,)
+    """What its KV cache can be kept in."""
+
     def check(self, config: Any) -> None:  # noqa: B027 -- most serve whatever transformers does
         """Refuse kinds of models that the runtime doesn't know.
 
@@ -136,10 +141,19 @@ class Rules(ABC):
 
     def unit_refusal(self, unit: Unit, scheme: Scheme) -> str | None:
         """Why it can't serve a unit under a scheme, or None."""
+        if unit.kind == "cache":
+            return self.cache_refusal(scheme)
         if unit.kind in self.kept and scheme != Scheme(FULL_PRECISION):
             return self.kept[unit.kind]
         reasons = (self.refusal(site, scheme) for site in unit.stored)
         return next((why for why in reasons if why), None)
+
+    def cache_refusal(self, scheme: Scheme) -> str | None:
+        """Why it can't keep a KV cache in a format, or None."""
+        if scheme.weight in self.cache_formats:
+            return None
+        offered = ", ".join(self.cache_formats)
+        return f"{self.name} keeps no KV cache in {scheme.name}; it has {offered}"
 
     @abstractmethod
     def refusal(self, site: Site, scheme: Scheme) -> str | None:

@@ -184,7 +184,11 @@ def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
     """The checkpoint's `quantization_config`: a group a format, its matrices by their names."""
     groups: dict[str, list[str]] = {}
     ignored: list[str] = []
+    caches = set()
     for unit, scheme in zip(layout.units, schemes, strict=True):
+        if unit.kind == "cache":
+            caches.add(scheme.weight)
+            continue
         names = [site.name for site in unit.sites]
         if scheme.weight == FULL_PRECISION:
             ignored += names if unit.kind != "embedding" else []
@@ -207,8 +211,18 @@ def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
         "format": kinds.pop() if len(kinds) == 1 else MIXED,
         "config_groups": found,
         "ignore": [*ignored, *(kept.name for kept in layout.kept)],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _cache_scheme(caches),
     }
+
+
+def _cache_scheme(formats: set[str]) -> dict[str, Any] | None:
+    """The one of all layers; without scales in the checkpoint, as here, runtimes take 1."""
+    if len(formats) > 1:
+        raise ExportError(
+            f"compressed-tensors keeps the whole KV cache in one format, not {sorted(formats)}"
+        )
+    quantized = formats - {FULL_PRECISION}
+    return arguments_of(quantized.pop()) if quantized else None
 
 
 def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
@@ -226,8 +240,6 @@ def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str
 
     read = QuantizationConfig.model_validate(dict(config))
     found = dict.fromkeys(names, FULL_PRECISION)
-    if read.kv_cache_scheme is not None:
-        raise ExportError("the configuration quantizes the KV cache, which isn't measured here yet")
     for group in read.config_groups.values():
         assert not isinstance(group, list)
         if group.input_activations or group.output_activations:
@@ -241,6 +253,16 @@ def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str
             if chosen and not ignored:
                 found[name] = format
     return found
+
+
+def cache_format_of(config: Mapping[str, Any]) -> str:
+    """What a configuration says of the KV cache.
+
+    Raises:
+        ExportError: no format of ours is that.
+    """
+    arguments = config.get("kv_cache_scheme")
+    return format_of(arguments) if arguments else FULL_PRECISION
 
 
 def arguments_of(name: str) -> dict[str, Any]:

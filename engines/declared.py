@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engines.base import Rules
 from quantization.errors import BitfrontError
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import Site, UnitKind
+from quantization.units import CacheSharing, Site, UnitKind
 
 BF16_SCALES = "-bf16"
 """How names of formats end whose scales are in bfloat16 instead of float16."""
@@ -67,6 +67,7 @@ class Runtime(_Closed):
         formats: what it serves beside full precision; of several that match, any will do.
         kept: kinds of units that stay in full precision, and why.
         cache: formats that its KV cache can be kept in.
+        cache_sharing: what of it has one format.
         sources: where the rules come from.
     """
 
@@ -77,6 +78,7 @@ class Runtime(_Closed):
     formats: tuple[Served, ...]
     kept: dict[UnitKind, str] = {}
     cache: tuple[str, ...] = (FULL_PRECISION,)
+    cache_sharing: CacheSharing = "all"
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -110,6 +112,16 @@ class Declared(Rules):
     def kept(self) -> Mapping[UnitKind, str]:  # type: ignore[override]
         """See `Rules.kept`."""
         return self.runtime.kept
+
+    @property
+    def cache_formats(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See `Rules.cache_formats`."""
+        return self.runtime.cache
+
+    @property
+    def cache_sharing(self) -> CacheSharing:  # type: ignore[override]
+        """See `Rules.cache_sharing`."""
+        return self.runtime.cache_sharing
 
     def variant(self, scheme: Scheme) -> Scheme:
         """See `Rules.variant`."""

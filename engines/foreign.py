@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 
 from quantization.checkpoints import Checkpoint, load_config
-from quantization.errors import ModelError
+from quantization.errors import ExportError, ModelError
 from quantization.formats import FORMATS
 from quantization.precision_map import PrecisionMap
 from quantization.schemes import FULL_PRECISION
-from quantization.units import Layout
+from quantization.units import KEYS, VALUES, Layout
 
 GROUP = 64
 """Of maps that only say bits."""
@@ -50,6 +50,12 @@ class Foreign:
 
     formats: dict[str, str]
     engine: str | None = None
+
+    @property
+    def caches(self) -> dict[str, str]:
+        """Of KV caches alone, where any is quantized."""
+        found = {n: f for n, f in self.formats.items() if n.rpartition(".")[2] in (KEYS, VALUES)}
+        return found if {*found.values()} - {FULL_PRECISION} else {}
 
 
 def read_map(path: Path, checkpoint: Checkpoint, layout: Layout) -> Foreign:
@@ -118,10 +124,24 @@ def _of_config(path: Path, document: Mapping[str, Any], layout: Layout) -> Forei
     names = _names(layout, "linear", *(["head"] if head else []))
     try:
         read: Callable[..., dict[str, str]] = import_module(READERS[method]).formats_of
-        return Foreign(read(config, names), method)
+        return Foreign(read(config, names) | _caches(method, config, layout), method)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         told = " ".join(str(error).split())[:200]
         raise ModelError(f"'{path}' is no configuration of {method}: {told}") from error
+
+
+def _caches(method: Any, config: Mapping[str, Any], layout: Layout) -> dict[str, str]:
+    """Of compressed-tensors, which alone says it in the checkpoint: one format for all of it."""
+    if method != "compressed-tensors" or not config.get("kv_cache_scheme"):
+        return {}
+    from engines.compressed_tensors import cache_format_of
+
+    if not (names := _names(layout, "cache")):
+        raise ExportError(
+            "the configuration quantizes the KV cache, and this job leaves it as it is; name one "
+            "that chooses its formats (search with --kv-menu) by --job"
+        )
+    return dict.fromkeys(names, cache_format_of(config))
 
 
 def _of_mlx(config: Mapping[str, Any], layout: Layout) -> Foreign:
@@ -215,4 +235,4 @@ def _gguf_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
     from engines.gguf_file import tensor_names
 
     name_of = tensor_names(load_config(checkpoint))
-    return {s.name: name_of(s.parameter) for u in layout.units for s in u.sites}
+    return {s.name: name_of(s.parameter) for u in layout.weights for s in u.sites}

@@ -96,7 +96,7 @@ class GPTQCheckpoint(CheckpointTarget):
 
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
         """How to serve it: vLLM's Marlin kernels are for 4 and 8 bits, its older ones for all."""
-        units = export.precision_map.units
+        units = export.precision_map.weights
         few = any(unit.scheme.weight.startswith(("int2", "int3")) for unit in units)
         serve = "vllm serve DIR --dtype half" + (" --quantization gptq" if few else "")
         return {"serve": serve, "loader": "by the documented layout"}

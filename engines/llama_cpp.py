@@ -18,7 +18,7 @@ from engines.neutral_map import NeutralMap
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ExportError
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import Layout, Site
+from quantization.units import KEYS, VALUES, Layout, Site
 
 if TYPE_CHECKING:
     from engines.gguf_file import Stored
@@ -77,6 +77,23 @@ class LlamaCpp(Declared, Engine):
         assert isinstance(format, GGUFFormat)
         return format.stored_type(shape)
 
+    def cache_types(self, layout: Layout, schemes: Sequence[Scheme]) -> tuple[str, str]:
+        """Ggml's types of all keys and of all values; float16 where the map doesn't say."""
+        found = {
+            unit.name: LOSSLESS.get(scheme.weight, scheme.weight)
+            for unit, scheme in zip(layout.units, schemes, strict=True)
+            if unit.kind == "cache"
+        }
+        keys, values = (
+            found.get(name, FULL_PRECISION).removeprefix(PREFIX).replace(FULL_PRECISION, "f16")
+            for name in (KEYS, VALUES)
+        )
+        return keys, values
+
+    def cache_refusal(self, scheme: Scheme) -> str | None:
+        """See `Rules.cache_refusal`; what it stores in another order will do."""
+        return None if scheme.weight in LOSSLESS else super().cache_refusal(scheme)
+
     def other_bytes(self, layout: Layout, config: Any = None) -> int:
         """See `Engine.other_bytes`: what isn't in a unit, and Llama 3's divisors, in float32."""
         from engines.gguf_file import rope_divisors
@@ -116,7 +133,8 @@ class LlamaCpp(Declared, Engine):
             }
             for found in (schemes, reference)
         )
-        return time_beside(checkpoint, layout, own, beside, exercise)
+        caches = self.cache_types(layout, schemes)
+        return time_beside(checkpoint, layout, own, beside, exercise, caches)
 
 
 class GGUFFile(Target):
@@ -150,7 +168,8 @@ class GGUFFile(Target):
         written = tensor_bytes(folder / FILE_NAME)
         if written != expected:
             raise ExportError(f"the file holds {written:,} bytes of tensors, not {expected:,}")
-        kl, agreed = _compared(export.evaluator, folder / FILE_NAME, export.chunks)
+        caches = LlamaCpp().cache_types(bank.layout, schemes)
+        kl, agreed = _compared(export.evaluator, folder / FILE_NAME, export.chunks, caches)
         if not agreed and not bank.checkpoint.name.endswith(".gguf"):
             raise ExportError("llama.cpp splits text otherwise than the model's own tokenizer")
         measured = export.measured_kl
@@ -165,7 +184,7 @@ class GGUFFile(Target):
             "chunks": len(export.chunks),
             "weight_bytes": written,
             "tokens_agree": agreed,
-            "serve": f"llama-server -m {FILE_NAME}",
+            "serve": f"llama-server -m {FILE_NAME}{_cache_flags(caches)}",
             "requantize": _requantize(schemes),
         }
 
@@ -223,13 +242,25 @@ def _requantize(schemes: Sequence[Scheme]) -> str:
     return f"llama-quantize{known} --tensor-type-file {TYPES_NAME} ORIGINAL.gguf OUT.gguf q8_0"
 
 
+def _cache_flags(caches: tuple[str, str]) -> str:
+    """What llama.cpp is told of the KV cache; quantized values need flash attention."""
+    flags = "".join(
+        f" --cache-type-{kind} {type}"
+        for kind, type in zip("kv", caches, strict=True)
+        if type != "f16"
+    )
+    return f"{flags} --flash-attn on" if caches[1] != "f16" else flags
+
+
 def _uint8() -> Any:
     import torch
 
     return torch.uint8
 
 
-def _compared(evaluator: "Evaluator", file: Path, chunks: NDArray[np.int64]) -> tuple[float, bool]:
+def _compared(
+    evaluator: "Evaluator", file: Path, chunks: NDArray[np.int64], caches: tuple[str, str]
+) -> tuple[float, bool]:
     """KL from the unquantized model to llama.cpp on a file, and whether both split text alike."""
     import torch
 
@@ -238,7 +269,8 @@ def _compared(evaluator: "Evaluator", file: Path, chunks: NDArray[np.int64]) -> 
 
     total = tokens = 0.0
     length = chunks.shape[1]
-    with LlamaModel(file, torch.get_num_threads(), context=length, batch=length) as model:
+    threads = torch.get_num_threads()
+    with LlamaModel(file, threads, context=length, batch=length, caches=caches) as model:
         agreed = agrees(model, evaluator.bank.checkpoint)
         for ids in chunks:
             found = torch.from_numpy(model.logits(ids)[:-1])

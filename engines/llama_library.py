@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantization.errors import EngineError
-from quantization.formats.gguf import ggml
+from quantization.formats.gguf import TYPES, ggml
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -201,6 +201,10 @@ def _tokenize(model: int, text: str) -> list[int]:
     return [int(i) for i in room[: max(count, 0)]]
 
 
+PLAIN_CACHE = ("f16", "f16")
+CACHE_TYPES = {"f16": F16, **{name: kind.number for name, kind in TYPES.items()}}
+
+
 class LlamaModel:
     """A GGUF file in llama.cpp's hands, with one context. Use it in a `with`.
 
@@ -209,14 +213,22 @@ class LlamaModel:
         threads: of prompt processing and generation.
         context: tokens that its KV cache holds.
         batch: tokens that are processed at once.
+        caches: ggml's types of the cache's keys and values.
 
     Raises:
         EngineError: llama.cpp refuses the file, or has no memory for it.
     """
 
-    def __init__(self, path: Path, threads: int, context: int = 1024, batch: int = 512) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        context: int = 1024,
+        batch: int = 512,
+        caches: tuple[str, str] = PLAIN_CACHE,
+    ) -> None:
         self._llama = llama()
-        self.threads = threads
+        self.threads, self.caches = threads, caches
         model = self._llama.llama_model_default_params()
         model.n_gpu_layers = 0  # this is the engine of the processor
         self._model = _load(path, model)
@@ -224,6 +236,8 @@ class LlamaModel:
         params.n_ctx, params.n_batch, params.n_ubatch = context, context, min(batch, context)
         params.n_outputs_max_per_seq = 0
         params.n_threads = params.n_threads_batch = self.threads
+        if caches != PLAIN_CACHE:
+            params.type_k, params.type_v = (CACHE_TYPES[name] for name in caches)
         self._context = self._llama.llama_init_from_model(self._model, params)
         if not self._context:
             self._llama.llama_model_free(self._model)

@@ -7,7 +7,7 @@ map is written as fast as the disk takes it.
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engines.base import Exercise, Run
 from engines.gguf_file import F32, Stored, write_gguf
-from engines.llama_library import LlamaModel, llama
+from engines.llama_library import PLAIN_CACHE, LlamaModel, llama
 from engines.power import processor_counter
 from engines.turns import joules_of
 from quantization.checkpoints import Checkpoint
@@ -44,6 +44,7 @@ def opened(
     others: Mapping[str, tuple[int, ...]],
     threads: int,
     context: int,
+    caches: tuple[str, str] = PLAIN_CACHE,
 ) -> Iterator[LlamaModel]:
     """A model of noise in llama.cpp.
 
@@ -54,6 +55,7 @@ def opened(
         others: shapes of the parameters outside units.
         threads: of the CPU.
         context: tokens that the KV cache holds.
+        caches: ggml's types of its keys and values.
 
     Raises:
         EngineError: llama.cpp refuses.
@@ -70,7 +72,7 @@ def opened(
     with tempfile.TemporaryDirectory(dir=place, prefix="bitfront-") as folder:
         path = Path(folder, "model.gguf")
         write_gguf(path, checkpoint, tensors, vocabulary=False)
-        with LlamaModel(path, threads, context, min(context, 512)) as model:
+        with LlamaModel(path, threads, context, min(context, 512), caches) as model:
             path.unlink()  # it is mapped or read by now
             yield model
 
@@ -81,8 +83,9 @@ def time_beside(
     kernels: Mapping[str, str],
     reference: Mapping[str, str],
     exercise: Exercise,
+    caches: tuple[str, str] = PLAIN_CACHE,
 ) -> tuple[Run, Run]:
-    """See `Engine.time_map`; maps name ggml's type for each parameter."""
+    """See `Engine.time_map`; maps name ggml's type for each parameter, and the cache's two."""
     placed = {site.parameter for unit in layout.units for site in unit.stored}
     weights = open_weights(checkpoint)
     others = {name: tuple(weights[name].shape) for name in weights if name not in placed}
@@ -90,14 +93,14 @@ def time_beside(
     start = partial(
         opened, checkpoint, layout, others=others, threads=exercise.threads, context=context
     )
-    with start(reference) as usual, start(kernels) as model:
+    with start(reference) as usual, start(kernels, caches=caches) as model:
         own, beside = _prompts(model, usual, exercise.prompt)
-        state = _cache(usual, checkpoint.weights_hash, exercise.past)
-        own_tokens, beside_tokens = _tokens(model, usual, state, exercise.generated)
+        states = [_cache(one, checkpoint.weights_hash, exercise.past) for one in (model, usual)]
+        own_tokens, beside_tokens = _tokens((model, usual), states, exercise.generated)
         joules = joules_of(
             processor_counter()[0],
             lambda: model.prefill_s(exercise.prompt),
-            lambda: model.restore(state),
+            lambda: model.restore(states[0]),
             model.step_s,
             exercise.generated,
         )
@@ -118,25 +121,29 @@ def _prompts(
 
 
 def _tokens(
-    model: LlamaModel, usual: LlamaModel, state: NDArray[np.uint8], count: int
+    pair: tuple[LlamaModel, LlamaModel], states: Sequence[NDArray[np.uint8]], count: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """A token of one, a token of the other, and so on."""
-    for one in (model, usual):
+    for one, state in zip(pair, states, strict=True):
         one.restore(state)
+    model, usual = pair
     pairs = [(model.step_s(), usual.step_s()) for _ in range(WARM_UP + count)][WARM_UP:]
     return tuple(own for own, _ in pairs), tuple(beside for _, beside in pairs)
 
 
-_caches: dict[tuple[str, int], NDArray[np.uint8]] = {}
-"""One filled KV cache a process: what is in it doesn't matter, and filling it takes long."""
+_caches: dict[tuple[object, ...], NDArray[np.uint8]] = {}
+"""Filled KV caches of a process: what is in them doesn't matter, and filling them takes long."""
+MOST_CACHES = 2
 
 
 def _cache(model: LlamaModel, shape: str, past: int) -> NDArray[np.uint8]:
-    if (shape, past) not in _caches:
+    key = shape, past, model.caches
+    if key not in _caches:
         model.prefill_s(past)
-        _caches.clear()
-        _caches[shape, past] = model.state()
-    return _caches[shape, past]
+        for oldest in list(_caches)[: len(_caches) + 1 - MOST_CACHES]:
+            del _caches[oldest]
+        _caches[key] = model.state()
+    return _caches[key]
 
 
 def _place(nbytes: int) -> Path | None:

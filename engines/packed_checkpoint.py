@@ -41,6 +41,10 @@ class PackedFiles(Rules):
             return f"activations in {scheme.activation} have no kernel here"
         return FORMATS[scheme.weight].refusal(site.shape)
 
+    def cache_refusal(self, scheme: Scheme) -> str | None:
+        """None: the map beside it says what the cache is kept in (`evaluation.caches`)."""
+        return None
+
 
 class PackedCheckpoint(CheckpointTarget):
     """Writes the bank's packed bytes, and multiplies by them to read them back."""

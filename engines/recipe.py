@@ -86,6 +86,11 @@ def matched(arguments: Mapping[str, Any], names: Mapping[str, Mapping[str, Any]]
 
 def _formats(export: Export) -> dict[str, str]:
     """Of each module that is multiplied."""
+    if caches := export.precision_map.caches:
+        raise ExportError(
+            f"this target can't be told of KV caches, as {next(iter(caches))}; export to map, or to "
+            "an engine that keeps them"
+        )
     units = export.precision_map.units
     if wrong := [u.name for u in units if u.scheme.activation != FULL_PRECISION]:
         raise ExportError(f"this target can't be told of activations, as of {wrong[0]}")

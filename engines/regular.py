@@ -76,7 +76,7 @@ def named(layout: Layout, schemes: Sequence[Scheme], *, embeddings: bool = False
         site.name: scheme.weight
         for unit, scheme in zip(layout.units, schemes, strict=True)
         for site in unit.sites
-        if embeddings or unit.kind != "embedding"
+        if unit.kind != "cache" and (embeddings or unit.kind != "embedding")
     }
     return found | {kept.name: FULL_PRECISION for kept in layout.kept}
 

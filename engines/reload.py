@@ -6,11 +6,12 @@ from typing import Any
 
 from engines.base import Export, Rules
 from engines.checkpoint_files import tensor_bytes
+from evaluation.caches import Caches
 from quantization.adapter import describe
 from quantization.checkpoints import Checkpoint, load_config, load_model
 from quantization.errors import ExportError
 from quantization.schemes import Scheme
-from quantization.units import Layout, Unit
+from quantization.units import Layout, Unit, cache_slot
 
 TOLERANCE = 0.02
 """Of the KL."""
@@ -103,6 +104,11 @@ def check_losses(export: Export, reloaded: Any) -> dict[str, Any]:
     assert chunks is not None
     assert measured is not None
     reloaded = reloaded.to(evaluator.model.device).eval()
+    if formats := export.precision_map.caches:
+        caches = Caches(reloaded)  # the runtime's, which no loader of checkpoints has
+        layout = evaluator.bank.layout
+        sites = (site for unit in layout.units if unit.kind == "cache" for site in unit.sites)
+        caches.formats = {cache_slot(site): formats[site.name] for site in sites}
     head = reloaded.get_output_embeddings().weight.data
     if head.equal(evaluator.head.weight):
         head = evaluator.head.weight  # the same values: differences of logits stay exact

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evaluation.caches import Caches
 from quantization.bank import Bank, Tensors
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.schemes import Scheme
+from quantization.units import Unit, cache_slot
 from quantization.weights import skeleton
 
 UNLOADED = "unloaded"
@@ -22,12 +24,14 @@ class AssembledModel:
     unit is unloaded. Packed weights take a parameter's place until plain ones return.
 
     Attributes:
+        caches: the KV caches' formats; None where they aren't units.
         block_outputs: what turns hidden states into what each block returns, once it has been tried
             (`evaluation.blocks`).
     """
 
     def __init__(self, bank: Bank, device: torch.device) -> None:
         self.bank, self.device = bank, device
+        self.caches: Caches | None = None
         self.block_outputs: list[Callable[[Tensor], Any]] | None = None
         self.module = skeleton(bank.checkpoint, bank.dtype)
         self._aliases = _aliases(self.module)
@@ -39,6 +43,9 @@ class AssembledModel:
         self._adopt(bank.rest())
         self.module.to(device)
         self.module.eval()
+        if len(bank.layout.weights) < len(bank.layout.units):
+            self.caches = Caches(self.module)
+            self.caches.check(bank.layout)
         self._parameters = dict(self.module.named_parameters())
         self._current: list[Scheme | str | None] = [UNLOADED] * len(bank.layout.units)
 
@@ -66,6 +73,7 @@ class AssembledModel:
             if scheme == self._current[i]:
                 continue
             unit = self.bank.layout.units[i]
+            self._keep_past(unit, scheme)
             tensors = (
                 self.bank.reference(unit) if scheme is None else self.bank.tensors(unit, scheme)
             )
@@ -86,6 +94,7 @@ class AssembledModel:
             if self._current[i] == UNLOADED:
                 continue
             unit = self.bank.layout.units[i]
+            self._keep_past(unit, None)
             for tensor in self.bank.forget(unit):
                 self._on_device.pop(_page(tensor), None)
             for site in unit.stored:
@@ -96,6 +105,16 @@ class AssembledModel:
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of that name in the state dict."""
         return self._parameters[name]
+
+    def _keep_past(self, unit: Unit, scheme: Scheme | None) -> None:
+        """Put the caches of a unit, where it is one, into a scheme's format."""
+        if unit.kind != "cache":
+            return
+        assert self.caches
+        for slot in map(cache_slot, unit.sites):
+            self.caches.formats.pop(slot, None)
+            if scheme is not None:
+                self.caches.formats[slot] = scheme.weight
 
     def _point(self, name: str, tensor: Tensor) -> None:
         """Make the bank's tensor the model's parameter of that name."""

@@ -139,11 +139,13 @@ def _cache_layers(outputs: Any) -> tuple[CacheLayer, ...]:
     """What each layer kept of the traced tokens; layers without keys keep a fixed state."""
     layers = getattr(getattr(outputs, "past_key_values", None), "layers", [])
     found = []
-    for layer in layers:
+    for block, layer in enumerate(layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
             elements = (keys.numel() + values.numel()) // keys.shape[-2]
-            found.append(CacheLayer(elements, getattr(layer, "sliding_window", None)))
+            shapes = [(t.shape[-3], t.shape[-1]) for t in (keys, values)]
+            window = getattr(layer, "sliding_window", None)
+            found.append(CacheLayer(elements, window, block, *shapes))
     return tuple(found)
 
 

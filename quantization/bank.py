@@ -122,7 +122,7 @@ class Bank:
 
     def tensors(self, unit: Unit, scheme: Scheme) -> Tensors:
         """The unit's parameters as `scheme` stores them, without copying; stays mapped."""
-        return self._read(self._path(unit, scheme))
+        return self._read(self._path(unit, scheme)) if unit.stored else {}
 
     def borrow(self, unit: Unit, scheme: Scheme, parameter: str) -> Tensor:
         """One of them for one look: unmapped with its last tensor, and never packed.
@@ -164,7 +164,7 @@ class Bank:
 
     def reference(self, unit: Unit) -> Tensors:
         """The unit's unquantized parameters."""
-        return self._read(self._path(unit, REFERENCE))
+        return self._read(self._path(unit, REFERENCE)) if unit.stored else {}
 
     def forget(self, unit: Unit) -> list[Tensor]:
         """Unmap what was read of a unit, once nobody else holds it; returns what that was."""
@@ -265,13 +265,14 @@ class Bank:
         )
 
     def _rest_path(self) -> Path:
-        units = "|".join(site.parameter for unit in self.layout.units for site in unit.sites)
+        units = "|".join(site.parameter for unit in self.layout.weights for site in unit.sites)
         return self.folder / f"{REST}-{_short(units)}.safetensors"
 
     def _entries(self, choices: Choices) -> list[tuple[Unit, Scheme | str]]:
         entries: list[tuple[Unit, Scheme | str]] = []
         for unit, schemes in zip(self.layout.units, choices, strict=True):
-            entries += [(unit, REFERENCE), *((unit, scheme) for scheme in schemes)]
+            if unit.stored:
+                entries += [(unit, REFERENCE), *((unit, scheme) for scheme in schemes)]
         return entries
 
     def _check_space(self, choices: Choices) -> None:
@@ -346,7 +347,7 @@ def _alike(layout: Layout, choices: Choices) -> Iterator[tuple[list[Unit], Seque
     """
     alike: dict[tuple[object, ...], list[Unit]] = {}
     schemes_of = dict(zip((unit.name for unit in layout.units), choices, strict=True))
-    for unit in layout.units:
+    for unit in layout.weights:
         shapes = tuple((site.shape, site.transposed) for site in unit.stored)
         alike.setdefault((shapes, *schemes_of[unit.name]), []).append(unit)
     for units in alike.values():

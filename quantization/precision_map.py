@@ -28,11 +28,16 @@ class SchemeEntry(_Closed):
 
 
 class UnitEntry(_Closed):
-    """The sites of one unit and the scheme that they share."""
+    """The sites of one unit and the scheme that they share.
+
+    Args:
+        kind: whether the sites are matrices, or keys and values of a KV cache.
+    """
 
     name: str
     sites: tuple[str, ...]
     scheme: SchemeEntry
+    kind: Literal["weights", "cache"] = "weights"
 
 
 class KeptEntry(_Closed):
@@ -71,6 +76,17 @@ class PrecisionMap(_Closed):
                 "the file was edited; remove it and export again"
             )
         return self
+
+    @property
+    def weights(self) -> tuple[UnitEntry, ...]:
+        """The units of weights."""
+        return tuple(unit for unit in self.units if unit.kind == "weights")
+
+    @property
+    def caches(self) -> dict[str, str]:
+        """The format of each site of the KV cache that the map speaks of."""
+        own = (unit for unit in self.units if unit.kind == "cache")
+        return {site: unit.scheme.weight for unit in own for site in unit.sites}
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -121,6 +137,7 @@ def build_map(
                 name=unit.name,
                 sites=tuple(site.name for site in unit.sites),
                 scheme=SchemeEntry(weight=weight, activation=activation),
+                kind="cache" if unit.kind == "cache" else "weights",
             )
             for unit, (weight, activation) in zip(layout.units, schemes, strict=True)
         ),

@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal
 
-UnitKind = Literal["linear", "experts", "embedding", "head"]
+from quantization.errors import ModelError
+
+KEYS, VALUES = "k_cache", "v_cache"
+Slot = tuple[int, str]
+"""Where a layer's past is kept: its index, and `KEYS` or `VALUES`."""
+UnitKind = Literal["linear", "experts", "embedding", "head", "cache"]
+CacheSharing = Literal["apart", "kinds", "all"]
+"""What of a KV cache has one format: each layer's keys and values apart, all keys and all values,
+or everything."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +26,9 @@ class Site:
 
     Args:
         name: the module's path; for packed experts, which have no module each, the parameter's.
-        parameter: its name in the state dict.
-        shape: rows x columns (outputs x inputs), packed experts with their number in front.
+        parameter: its name in the state dict; empty for a cache, which is no parameter.
+        shape: rows x columns (outputs x inputs), packed experts with their number in front; of a
+            cache what a token adds to it, heads x numbers.
         transposed: whether the checkpoint stores inputs before outputs; `shape` never does.
     """
 
@@ -49,13 +58,20 @@ class Unit:
 
     @property
     def numel(self) -> int:
-        """Number of weights, a tied parameter counted once."""
-        return sum({site.parameter: site.numel for site in self.sites}.values())
+        """Number of weights, a tied parameter counted once; a cache has none."""
+        return sum(site.numel for site in self.stored)
 
     @property
     def stored(self) -> tuple[Site, ...]:
         """The sites whose parameters are stored: a tied embedding and head are stored once."""
+        if self.kind == "cache":
+            return ()
         return tuple({site.parameter: site for site in self.sites}.values())
+
+    @property
+    def matrices(self) -> tuple[Site, ...]:
+        """What takes bytes: the stored parameters, or of a cache what a token adds to it."""
+        return self.sites if self.kind == "cache" else self.stored
 
 
 @dataclass(frozen=True)
@@ -74,10 +90,16 @@ class CacheLayer:
     Args:
         elements: numbers a token (keys and values).
         window: how many tokens are kept; None for all.
+        block: the decoder block's index; None in layouts that were stored without.
+        keys: heads x numbers that a token adds to the keys.
+        values: the same of the values.
     """
 
     elements: int
     window: int | None = None
+    block: int | None = None
+    keys: tuple[int, int] | None = None
+    values: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +126,44 @@ class Layout:
             found += alone if len(unit.stored) > 1 else [unit]
         return replace(self, units=tuple(found))
 
+    @property
+    def knows_caches(self) -> bool:
+        """Whether it is known what each layer keeps of the past, and of which block that is."""
+        known = {unit.layer for unit in self.units} - {None}
+        return bool(self.cache) and all(layer.block in known for layer in self.cache)
+
+    def with_caches(self, sharing: CacheSharing) -> "Layout":
+        """The same model whose KV caches are units too, behind those of its weights.
+
+        Raises:
+            ModelError: what its layers keep of the past is unknown.
+        """
+        paths = {unit.layer: block_path(unit) for unit in self.units}
+        blocks = [layer.block for layer in self.cache]
+        if not self.knows_caches:
+            raise ModelError(
+                "this model's KV cache is unknown (its forward pass could not be traced), so no "
+                "format can be chosen for it; leave the cache out of the menu"
+            )
+        sites = [
+            (block, kind, Site(f"{paths[block]}.{kind}", "", shape))
+            for block, layer in zip(blocks, self.cache, strict=True)
+            for kind, shape in ((KEYS, layer.keys), (VALUES, layer.values))
+            if shape
+        ]
+        if sharing == "apart":
+            found = [Unit(site.name, "cache", (site,), block) for block, _, site in sites]
+            return replace(self, units=(*self.units, *found))
+        of = {"kinds": (KEYS, VALUES), "all": ("kv_cache",)}[sharing]
+        groups = {name: [s for _, kind, s in sites if name in (kind, "kv_cache")] for name in of}
+        shared = [Unit(name, "cache", tuple(own)) for name, own in groups.items()]
+        return replace(self, units=(*self.units, *shared))
+
+    @property
+    def weights(self) -> tuple[Unit, ...]:
+        """The units of weights."""
+        return tuple(unit for unit in self.units if unit.kind != "cache")
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for the store; `from_json` undoes it."""
         return asdict(self)
@@ -125,8 +185,13 @@ class Layout:
             ),
             kept=tuple(Kept(**kept) for kept in data["kept"]),
             other_numel=data["other_numel"],
-            cache=tuple(CacheLayer(**layer) for layer in data["cache"]),
+            cache=tuple(_cache_layer(layer) for layer in data["cache"]),
         )
+
+
+def _cache_layer(data: dict[str, Any]) -> CacheLayer:
+    shapes = {name: tuple(data[name]) for name in ("keys", "values") if data.get(name)}
+    return CacheLayer(**{**data, **shapes})
 
 
 def unit_name(sites: Iterable[str]) -> str:
@@ -138,9 +203,15 @@ def unit_name(sites: Iterable[str]) -> str:
     return f"{parent}.{'+'.join(name.rpartition('.')[2] for name in names)}"
 
 
+def cache_slot(site: Site) -> Slot:
+    """The slot of a cache's site: `model.layers.3.k_cache` is the keys of layer 3."""
+    path, _, kind = site.name.rpartition(".")
+    return int(path.rpartition(".")[2]), kind
+
+
 def block_path(unit: Unit) -> str | None:
     """The path of the decoder block that the unit is in: `model.layers.0`."""
     if unit.layer is None:
         return None
-    parts = unit.sites[0].name.split(".")
+    parts = unit.sites[0].name.split(".")  # a cache is called like its block, too
     return ".".join(parts[: parts.index(str(unit.layer)) + 1])

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search.infeasible import check_limits
 from search.problem import Choice, Ints, Problem
@@ -11,9 +12,14 @@ REDRAWS, SIDEWAYS = 500, 0.2
 TRIES = 200  # draws for one exchange
 
 
-def uniform(problem: Problem, scheme: int) -> Choice | None:
-    """The scheme for every unit that has a choice; None if one of them isn't offered it."""
+def uniform(problem: Problem, scheme: int, among: NDArray[np.bool_] | None = None) -> Choice | None:
+    """The scheme for every unit that has a choice; None if one of them isn't offered it.
+
+    With `among` (units) for those alone; the others get the first that they are offered.
+    """
     single = problem.offered.sum(axis=1) == 1
+    if among is not None:
+        single |= ~among
     choice = np.where(single, problem.offered.argmax(axis=1), scheme).astype(np.intp)
     if not problem.offered[np.arange(len(choice)), choice].all():
         return None

@@ -101,6 +101,8 @@ class Estimator(ABC):
 
     name: str
     unit: str
+    caches = False
+    """Whether it scores units of KV caches, too."""
     revision = 1
     """Raise it when a change of the estimator changes its scores: stored ones are then left."""
 
@@ -214,7 +216,7 @@ def by_bytes(unit: Unit, schemes: Sequence[Scheme]) -> list[Scheme]:
     from quantization.formats import FORMATS
 
     def nbytes(scheme: Scheme) -> int:
-        return sum(FORMATS[scheme.weight].nbytes(site.shape) for site in unit.stored)
+        return sum(FORMATS[scheme.weight].nbytes(site.shape) for site in unit.matrices)
 
     return sorted(schemes, key=nbytes, reverse=True)
 

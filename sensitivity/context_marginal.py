@@ -26,6 +26,7 @@ class ContextMarginal(ByRestarts):
 
     name = "context-marginal"
     unit = "nats per token, above a random map's"
+    caches = True
     most_chunks = 3
 
     def score(

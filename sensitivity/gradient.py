@@ -55,8 +55,8 @@ class Gradient(Estimator):
         states = (work.blocks + 2) * chunks * work.states_bytes
         block = work.largest_block * work.itemsize + work.errors_bytes
         return (
-            work.outer_bytes + states + block + (1 + chunks) * work.activations_bytes
-            + 4 * work.logits_bytes
+            work.outer_bytes + states + block + work.graphs_bytes(chunks)
+            + (1 + chunks) * work.activations_bytes + 4 * work.logits_bytes
         )  # fmt: skip
 
     def score(
@@ -77,12 +77,13 @@ class Gradient(Estimator):
             [u for u in inside if u in range(*share.units) and lossy(choices[u])]
             for inside in passes.blocks.units
         ]
-        passes.forward()
-        places: list[tuple[Site, int, Tensor]] = []
+        bank = model.bank
+        work = Work(bank.layout, own.shape[1], bank.dtype.itemsize, roomy=not bank.packed)
+        noted: dict[int, list[list[tuple[Site, int, Tensor]]]] = {}
 
         @contextmanager
         def watch(index: int) -> Iterator[list[Tensor]]:
-            places.clear()
+            places: list[tuple[Site, int, Tensor]] = []
             targets: list[Tensor] = []
 
             def visit(site: Site, expert: int, inputs: Tensor, outputs: Tensor) -> None:
@@ -92,17 +93,20 @@ class Gradient(Estimator):
             sites = [site for u in wanted[index] for site in units[u].stored]
             with Tap(model.module, sites, visit):
                 yield targets
+            noted.setdefault(index, []).append(places)  # in the order of the chunks
 
+        passes.forward(watch=watch if work.keeps_graphs(len(own)) else None)
         seen: Seen = {}
         stop = next((i for i, inside in enumerate(wanted) if inside), len(wanted))
         for index, c, [found] in passes.backward(text_labels, 1, watch, stop):
-            for (site, expert, x), gradient in zip(places, found, strict=True):
+            for (site, expert, x), gradient in zip(noted[index][c], found, strict=True):
                 pair = x.flatten(0, -2), gradient.flatten(0, -2).float().square()
                 seen.setdefault((site.name, expert), []).append(pair)
             if c + 1 == len(own):
                 for u in wanted[index]:
                     _add(table, model, u, choices, seen, float(own.shape[1] - 1) ** 2)
                 seen.clear()
+                del noted[index]
         return table
 
 
@@ -119,17 +123,21 @@ def _add(
     experts = max(site.shape[0] if len(site.shape) == 3 else 1 for site in unit.stored)
     sums, tokens = np.zeros((len(schemes), experts)), np.zeros(experts)
     for site in unit.stored:
+        joined = {
+            (name, e): (torch.cat([x for x, _ in pairs]), torch.cat([g for _, g in pairs]))
+            for (name, e), pairs in seen.items()
+            if name == site.name
+        }
         for i, scheme in enumerate(schemes):
             error = site_error(model, unit, scheme, site)
             error = error.mT if site.transposed else error
             for e, dw in enumerate(error if error.dim() == 3 else error[None]):
-                for x, squares in seen.get((site.name, e), []):
+                if (site.name, e) in joined:
+                    x, squares = joined[site.name, e]
                     moved = (x @ dw.to(x.dtype).T).float().square_()
-                    sums[i, e] += (
-                        0.5 * factor * float(torch.sum(moved * squares, dtype=torch.float64))
-                    )
+                    sums[i, e] += 0.5 * factor * float(moved.mul_(squares).sum(1).double().sum())
         for e in range(experts):
-            tokens[e] += sum(len(x) for x, _ in seen.get((site.name, e), []))
+            tokens[e] += len(joined[site.name, e][0]) if (site.name, e) in joined else 0
     if unit.kind == "experts":
         add_experts(table, u, choices, schemes, sums, tokens / len(unit.stored))
     else:

@@ -35,6 +35,7 @@ class MeasuredMaps(ByRestarts):
 
     name = "measured-maps"
     unit = "nats per token, to second order, corrected by measured maps"
+    caches = True
 
     def shares(self, units: int, chunks: int) -> list[Share]:
         """All units, chunk by chunk: every map says something of all units."""
@@ -72,7 +73,9 @@ def _bits(units: Sequence[Unit], columns: Sequence[Scheme]) -> Floats:
     return np.array(
         [
             [
-                8 * sum(FORMATS[scheme.weight].nbytes(s.shape) for s in unit.stored) / unit.numel
+                8
+                * sum(FORMATS[scheme.weight].nbytes(s.shape) for s in unit.matrices)
+                / sum(s.numel for s in unit.matrices)
                 for scheme in columns
             ]
             for unit in units

@@ -32,6 +32,7 @@ from sensitivity.base import (
     menu,
     middle,
 )
+from sensitivity.pasts import Pasts
 from sensitivity.work import Work
 
 CHUNKS_A_TASK = 4
@@ -50,6 +51,7 @@ class WeightGradient(Estimator):
             one scheme at a time, and the exact weights' numbers are taken off.
     """
 
+    caches = True
     probe: Probe = staticmethod(sampled_labels)
     probes = 1
     quantized = False
@@ -111,15 +113,20 @@ class WeightGradient(Estimator):
             for units in passes.blocks.units
         ]
         outer = [u for u in passes.blocks.outer if u in range(*share.units) and lossy(choices[u])]
-        stop = next((i for i, units in enumerate(wanted) if units), len(wanted))
+        pasts = Pasts(model, [*(u for units in wanted for u in units), *outer])
+        wanted = [[u for u in units if _is_weights(model, u)] for units in wanted]
+        outer = [u for u in outer if _is_weights(model, u)]
+        stop = next((i for i, units in enumerate(wanted) if units or pasts.units(i)), len(wanted))
         stop = 0 if outer else stop  # an embedding wants the gradient before the first block
         counts = _Counts(model)
 
         @contextmanager
         def watch(index: int) -> Iterator[list[Tensor]]:
             sites = _sites(model, wanted[index])
-            with counts.of(sites):
-                yield [model.parameter(site.parameter) for site in sites]
+            targets: list[Tensor] = [model.parameter(site.parameter) for site in sites]
+            with counts.of(sites), pasts.watch(index) as kept:
+                yield targets
+            targets += kept()
 
         held: list[tuple[Tensor, ...]] = []
         bank = model.bank
@@ -128,6 +135,7 @@ class WeightGradient(Estimator):
             passes.forward(watch=watch if work.keeps_graphs(len(own)) else None)
             given = self.arrived(passes)
             for index, c, found in passes.backward(self.probe, self.probes, watch, stop, given):
+                pasts.score(self, table, choices, index, c, found)
                 held += found
                 if c + 1 == len(own):
                     self._add(table, model, choices, wanted[index], held, counts)
@@ -221,6 +229,10 @@ class WeightGradient(Estimator):
         with _differentiable(model, open_):
             for _, found in passes.outer(self.probe, self.probes, parameters):
                 self._add(table, model, choices, open_, found, _Counts(model))
+
+
+def _is_weights(model: AssembledModel, u: int) -> bool:
+    return model.bank.layout.units[u].kind != "cache"
 
 
 def _sites(model: AssembledModel, units: Sequence[int]) -> list[Site]:

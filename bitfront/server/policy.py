@@ -97,6 +97,7 @@ def _check_names(config: JobConfig) -> None:
     menu = config.menu
     names = [
         *menu.schemes,
+        *menu.cache,
         *menu.pinned.values(),
         *(n for ns in menu.forbidden.values() for n in ns),
     ]

@@ -36,6 +36,7 @@ export function frontPanel(state) {
   let names = "";
   state.on(["front"], () => {
     const found = known(state.front.points);
+    if (!names) view.x = sizeOf(state.front.points);
     if (names === found.join()) return;
     names = found.join();
     put(bar, axes(view, found, draw));
@@ -87,15 +88,19 @@ function logTick(view, which, draw) {
   return box;
 }
 
+/** What budgets count: weights, and the KV cache with them where the job chose its formats. */
+const sizeOf = (points) =>
+  points.some((p) => p.cache_bytes !== undefined) ? "memory_bytes" : "weight_bytes";
+
 /** What is drawn: data and layout. */
 function drawing(state, view, box) {
   const { points } = state.front;
   const [qx, qy] = [QUANTITIES[view.x], QUANTITIES[view.y]];
   const drawn = points.filter((p) => has(view.x, p) && has(view.y, p));
-  const usual = view.x === "weight_bytes" && view.y === "kl";
+  const usual = view.x === sizeOf(points) && view.y === "kl";
   // in the plane that the search looks at, the API says what is on the front
   const on = usual
-    ? drawn.filter((p) => p.on_front).sort((p, q) => p.weight_bytes - q.weight_bytes)
+    ? drawn.filter((p) => p.on_front).sort((p, q) => qx.of(p) - qx.of(q))
     : frontOf(drawn, view.x, view.y);
   const [sx, ux] = qx.scale(drawn.map(qx.of).concat(1e-9));
   const [sy, uy] = qy.scale(drawn.map(qy.of).concat(1e-9));

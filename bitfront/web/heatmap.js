@@ -19,7 +19,7 @@ export function heatPanel(state) {
     if (!state.detail) return put(body, h("p", { class: "muted" }, "The model's units aren't known yet."));
     const options = [
       ...[...state.front.points]
-        .sort((p, q) => p.weight_bytes - q.weight_bytes)
+        .sort((p, q) => p.size_bytes - q.size_bytes)
         .map((p) => [
           String(p.id),
           `point ${p.id}: ${bits(p.average_bits)} bits, KL ${kl(p.kl)}${p.control ? `, ${p.control}` : ""}`,

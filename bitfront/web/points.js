@@ -67,7 +67,10 @@ function columnsOf(points) {
   return [
     ["point", (p) => p.id, (p) => `${p.id}`],
     ["bits", (p) => p.average_bits, (p) => bits(p.average_bits)],
-    ["size", (p) => p.weight_bytes, (p) => bytes(p.weight_bytes)],
+    ["weights", (p) => p.weight_bytes, (p) => bytes(p.weight_bytes)],
+    ...(points.some((p) => p.cache_bytes !== undefined)
+      ? [["KV cache", (p) => p.cache_bytes, (p) => bytes(p.cache_bytes)]]
+      : []),
     ["KL", (p) => p.kl, (p) => kl(p.kl)],
     ["95 %", (p) => p.kl_high - p.kl_low, (p) => `${kl(p.kl_low)} to ${kl(p.kl_high)}`],
     ["predicted", (p) => p.predicted_kl, (p) => (p.predicted_kl === null ? "" : kl(p.predicted_kl))],

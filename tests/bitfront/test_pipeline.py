@@ -38,6 +38,10 @@ def small_config(folder, **more) -> JobConfig:
     return load_config(str(folder), None, {**base, **more})
 
 
+def size(point) -> int:
+    return point.size_bytes
+
+
 class CountingPool(InProcessPool):
     """Remembers what it runs."""
 
@@ -362,13 +366,13 @@ def test_queries_answer_by_constraint(done):
     store, job, _ = done
     front = load_front(store, find_job(store, job))
     smallest = min(front.points, key=lambda p: p.weight_bytes)
-    point, _ = best_point(front, Constraints(weight_bytes=smallest.weight_bytes), 0)
+    point, _ = best_point(front, Constraints(weight_bytes=smallest.weight_bytes), size)
     assert point == smallest
     best = min(front.points, key=lambda p: (p.kl, p.weight_bytes))
-    assert best_point(front, Constraints(), 0)[0] == best
+    assert best_point(front, Constraints(), size)[0] == best
     loose = max(p.kl for p in front.points)
-    assert best_point(front, Constraints(kl=loose), 0)[0] == smallest
-    nothing, why = best_point(front, Constraints(memory_bytes=100), 50)
+    assert best_point(front, Constraints(kl=loose), size)[0] == smallest
+    nothing, why = best_point(front, Constraints(memory_bytes=100), lambda p: size(p) + 50)
     assert nothing is None
     assert f"the smallest is {smallest.weight_bytes + 50:,.6g}" in str(why)
 

@@ -35,7 +35,7 @@ from search.errors import InfeasibleBudgetError
 from store.database import Store
 from store.queries import candidates_of, find_job
 from store.times import cell_times
-from tests.bitfront.test_pipeline import CountingPool, small_config
+from tests.bitfront.test_pipeline import CountingPool, size, small_config
 from workers.pool import InProcessPool
 
 SERVING = ServingConfig(engine="llama.cpp", threads=1, context=32, prompt=32)
@@ -110,9 +110,9 @@ def test_a_query_limits_latency(done, store):
     front = load_front(store, find_job(store, job))
     took = sorted(latency.seconds(front.job, p.map_hash, "decode") for p in front.points)
     middle = took[len(took) // 2]
-    best, _ = best_point(front, Constraints(decode_s=middle), 0)
+    best, _ = best_point(front, Constraints(decode_s=middle), size)
     assert latency.seconds(front.job, best.map_hash, "decode") <= middle
-    none, why = best_point(front, Constraints(decode_s=took[0] / 2), 0)
+    none, why = best_point(front, Constraints(decode_s=took[0] / 2), size)
     assert none is None
     assert "decode_s <= " in why
 

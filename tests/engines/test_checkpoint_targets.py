@@ -300,3 +300,38 @@ def test_every_declared_pattern_names_a_format():
         for served in load_engine(name).runtime.formats:
             known = [f for f in FORMATS if served.matches(Scheme(f))]
             assert known, f"{name}: {served.formats} stands for nothing"
+
+
+def test_compressed_tensors_says_what_the_cache_is_kept_in(llama, tmp_path):
+    """One format for all of it; the reload quantizes what its attentions write."""
+    from quantization.bank import Bank
+    from quantization.quantizers import QUANTIZERS
+
+    layout = describe(llama).with_caches(load_engine("compressed-tensors").cache_sharing)
+    menu = ["int4-g32-bf16", "bf16"]
+    choices = [
+        [Scheme("fp8-e4m3")] if unit.kind == "cache" else row
+        for unit, row in zip(
+            layout.units,
+            [*choices_of(describe(llama), [Scheme(name) for name in menu]), None],
+            strict=True,
+        )
+    ]
+    choices = [list(row) for row in choices]
+    bank = Bank(llama, layout, QUANTIZERS["rtn"], torch.bfloat16)
+    bank.build(choices)
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    schemes = [row[0] for row in choices]
+    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    pairs = [(s.weight, s.activation) for s in schemes]
+    names = build_map(layout, pairs, ModelEntry(name="tiny", weights_hash="0" * 64), {})
+    export = Export(names, evaluator, CHUNKS, kl)
+    target = load_target("compressed-tensors")
+    target.write(export, tmp_path)
+    found = target.check(export, tmp_path)
+    assert found["reloaded_kl"] == pytest.approx(kl, rel=0.02)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["type"] == "float"
+    assert compressed_tensors.cache_format_of(config) == "fp8-e4m3"
+    assert compressed_tensors.cache_format_of({"kv_cache_scheme": None}) == "bf16"

@@ -234,3 +234,43 @@ def test_presets_are_llama_quantizes(llama):
     finer = [i for i in range(30) if found[sites[2 * i].parameter] == "gguf-q6_K"]
     assert finer == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]
     assert {found[site.parameter] for site in sites[1::2]} == {"gguf-q4_K"}
+
+
+CACHES = ["bf16", "int8-g32", "gguf-q4_0", "gguf-q5_1", "gguf-iq4_nl"]
+
+
+@pytest.mark.parametrize(("keys", "values"), [("int8-g32", "gguf-q4_0"), ("gguf-q5_1", "bf16")])
+def test_llama_cpp_keeps_its_cache_as_it_was_measured(tmp_path, keys, values):
+    """Keys and values in their own types, by llama.cpp's own kernels; the loss is the candidate's."""
+    sizes = {"head_dim": 32, "hidden_size": 128, "num_key_value_heads": 2}
+    checkpoint = resolve(str(save_tiny("llama", tmp_path / "model", **sizes)))
+    layout = describe(checkpoint).split().with_caches(LLAMA.cache_sharing)
+    assert [u.name for u in layout.units if u.kind == "cache"] == ["k_cache", "v_cache"]
+    choices = [
+        [Scheme(n) for n in (CACHES if u.kind == "cache" else ["bf16"])] for u in layout.units
+    ]
+    bank = Bank(checkpoint, layout, QUANTIZERS["rtn"], torch.float32)
+    bank.build(choices)
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    chosen = {"k_cache": keys, "v_cache": values}
+    schemes = [Scheme(chosen.get(unit.name, "bf16")) for unit in layout.units]
+    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    pairs = [(s.weight, s.activation) for s in schemes]
+    names = build_map(layout, pairs, ModelEntry(name="tiny", weights_hash="0" * 64), {})
+    export, folder = Export(names, evaluator, CHUNKS, kl), tmp_path / "out"
+    folder.mkdir()
+    load_target("gguf").write(export, folder)
+    found = load_target("gguf").check(export, folder)
+    assert found["reloaded_kl"] == pytest.approx(kl, rel=0.03, abs=0.0005)
+    assert kl > 0.005
+    kinds = LLAMA.cache_types(layout, schemes)
+    assert f"--cache-type-k {kinds[0]}" in found["serve"]
+    assert ("--flash-attn on" in found["serve"]) == (values != "bf16")
+
+
+def test_llama_cpp_refuses_caches_that_it_has_no_type_for():
+    unit = Unit("k_cache", "cache", (Site("model.layers.0.k_cache", "", (2, 32)),))
+    assert LLAMA.unit_refusal(unit, Scheme("gguf-q8_0")) is None
+    assert LLAMA.unit_refusal(unit, Scheme("int8-g32")) is None
+    assert "keeps no KV cache in int3-g32" in LLAMA.unit_refusal(unit, Scheme("int3-g32"))

@@ -506,3 +506,73 @@ def test_experts_that_saw_little_lean_on_their_siblings():
     assert many == pytest.approx((rates * 1e6).sum(), rel=1e-3)  # evidence speaks for itself
     nothing = Experts(np.zeros((1, 3)), np.zeros(3)).shrunk()[0]
     assert nothing == 0
+
+
+def with_caches(make_bank, family="llama"):
+    """A model whose KV caches are units, exact weights, and their choices."""
+    from quantization.bank import Bank
+    from quantization.quantizers import QUANTIZERS
+
+    plain = make_bank(family)
+    layout = plain.layout.with_caches("apart")
+    bank = Bank(plain.checkpoint, layout, QUANTIZERS["rtn"], torch.float32)
+    own = [Scheme("bf16"), Scheme("int8-channel"), Scheme("int6-channel"), Scheme("int4-channel")]
+    choices = [own if unit.kind == "cache" else [Scheme("bf16")] for unit in layout.units]
+    bank.build(choices)
+    return AssembledModel(bank, CPU), choices
+
+
+LONG = np.random.default_rng(5).integers(2, 300, (24, 32))
+
+
+@pytest.mark.parametrize("name", ["fisher", "row-fisher", "kl-fisher", "kl-fisher-gaussian"])
+def test_second_order_scores_of_caches_are_what_fine_formats_cost(make_bank, name):
+    """No gain is fitted: half of a quadratic form is the KL itself where errors are small."""
+    model, choices = with_caches(make_bank)
+    table = whole(name, model, choices, LONG).mean()
+    evaluator = Evaluator(model.bank, CPU)
+    caches = [u for u, unit in enumerate(model.bank.layout.units) if unit.kind == "cache"]
+    column = menu(choices).index(Scheme("int6-channel"))
+    predicted = table[caches, column].sum()
+    schemes = [Scheme("int6-channel") if u in caches else None for u in range(len(choices))]
+    losses = [evaluator.measure(schemes, ids) for ids in LONG]
+    measured = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    assert predicted == pytest.approx(measured, rel=0.35)
+    assert (np.diff(table[caches][:, menu(choices).index(Scheme("int8-channel")) :]) > 0).all()
+    assert (table[caches, menu(choices).index(Scheme("bf16"))] == 0).all()
+
+
+def test_flips_of_caches_are_their_measured_losses(make_bank):
+    model, choices = with_caches(make_bank)
+    table = whole("flips", model, choices, CHUNKS[:1])
+    evaluator = Evaluator(model.bank, CPU)
+    scheme = Scheme("int4-channel")
+    for u, unit in enumerate(model.bank.layout.units):
+        if unit.kind == "cache":
+            flip = [scheme if v == u else None for v in range(len(choices))]
+            assert table.sums[u, menu(choices).index(scheme)] == pytest.approx(
+                evaluator.measure(flip, CHUNKS[0]).kl_sum, rel=1e-3, abs=1e-5
+            )
+
+
+def test_slopes_of_caches_are_derivatives(make_bank):
+    """At a map, what a change of one cache's format makes, to first order."""
+    from sensitivity.slopes import measure_slopes
+
+    model, choices = with_caches(make_bank)
+    evaluator = Evaluator(model.bank, CPU)
+    base = [row[-1] if len(row) > 1 else row[0] for row in choices]  # every cache in four bits
+    columns = menu(choices)
+    pairs = []
+    for ids in LONG:
+        here = measure_slopes(evaluator, base, ids, choices)
+        for u, unit in enumerate(model.bank.layout.units):
+            if unit.kind == "cache":
+                changed = [*base]
+                changed[u] = Scheme("int6-channel")
+                after = evaluator.measure(changed, ids).kl_sum
+                row = here.sums[u]
+                expected = row[columns.index(changed[u])] - row[columns.index(base[u])]
+                pairs.append((expected, after - here.loss.kl_sum))
+    predicted, found = np.array(pairs).T
+    assert np.corrcoef(predicted, found)[0, 1] > 0.8

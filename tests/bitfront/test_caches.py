@@ -1,0 +1,267 @@
+"""Jobs that choose formats of the KV cache beside those of the weights."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from bitfront import caching
+from bitfront.answering import answer, footprint
+from bitfront.budgets import working_bytes
+from bitfront.applying import apply as apply_map
+from bitfront.config import ConfigError, load_config
+from bitfront.documents import detail_document, front_document
+from bitfront.exporting import export_point
+from bitfront.fronts import load_front
+from bitfront.pipeline import run_search
+from bitfront.plan import make_plan, settled
+from bitfront.progress import Silent
+from cost_models import cache_bytes
+from cost_models.memory import Workload
+from quantization.errors import BitfrontError, ExportError
+from quantization.formats import FORMATS
+from quantization.precision_map import PrecisionMap
+from quantization.schemes import Scheme
+from search.errors import InfeasibleBudgetError
+from store.database import Store
+from store.queries import candidates_of, find_job
+from tests.bitfront.test_pipeline import CountingPool, small_config
+from workers.pool import InProcessPool
+
+CACHE = {"menu.cache": ["bf16", "int8-channel", "int4-channel"], "menu": "int4-g32,int8-g32",
+         "estimators": ["fisher"], "serving.context": 512, "serving.batch": 3}  # fmt: skip
+
+
+def config_of(folder, **more):
+    return small_config(folder, **{**CACHE, "menu": "int4-g32,int8-g32", **more})
+
+
+@pytest.fixture(scope="module")
+def done(tiny_folders, tmp_path_factory):
+    """A finished job: store, front, plan."""
+    store = Store(f"sqlite:///{tmp_path_factory.mktemp('caches')}/s.sqlite").open()
+    plan = make_plan(config_of(tiny_folders("llama")))
+    job = run_search(plan, store, InProcessPool, Silent())
+    return store, load_front(store, find_job(store, job)), plan
+
+
+def test_keys_and_values_of_each_layer_are_units(done):
+    _, front, plan = done
+    names = [u.name for u in plan.layout.units if u.kind == "cache"]
+    assert names == [f"model.layers.{i}.{kind}_cache" for i in range(2) for kind in "kv"]
+    assert [u.kind for u in front.layout.units] == [u.kind for u in plan.layout.units]
+    assert plan.described.units == plan.layout.weights
+
+
+def test_bytes_are_weights_and_the_cache_at_the_workload(done):
+    """2 heads of 16 numbers a token, for keys and for values, in two layers, three sequences."""
+    store, front, plan = done
+    rows = 3 * 512 * 2
+    for point in front.points:
+        schemes = front.candidates[point.id].schemes
+        pairs = zip(plan.layout.units, schemes, strict=True)
+        expected = sum(
+            3 * FORMATS[name].nbytes((512 * 2, 16)) for unit, name in pairs if unit.kind == "cache"
+        )
+        assert point.cache_bytes == expected
+        weights = sum(
+            FORMATS[name].nbytes(site.shape)
+            for unit, name in zip(plan.layout.units, schemes, strict=True)
+            for site in unit.stored
+        )
+        assert point.weight_bytes == weights + plan.other_bytes
+    exact = next(p for p in front.points if "cache bf16" in front.candidates[p.id].origin)
+    assert exact.cache_bytes == 2 * 2 * rows * 16 * 2
+    solved = [c for c in candidates_of(store, front.job.id) if c.certificate]
+    assert solved
+    assert all(c.weight_bytes <= c.certificate["budget"] for c in solved)
+
+
+def test_the_search_mixes_what_it_is_offered(done):
+    """Uniform controls of both kinds, and maps that give layers different caches."""
+    _, front, plan = done
+    origins = {front.candidates[p.id].origin for p in front.points if p.control == "uniform"}
+    assert origins >= {
+        "uniform int4-g32, KV cache bf16", "uniform int8-g32, KV cache bf16",
+        "uniform int8-g32, KV cache int4-channel",
+    }  # fmt: skip
+    caches = np.flatnonzero(plan.caches)
+    mixed = [
+        point
+        for point in front.points
+        if not point.control and len({front.candidates[point.id].schemes[u] for u in caches}) > 1
+    ]
+    assert mixed
+    on_front = sorted((p for p in front.points if p.on_front), key=lambda p: p.size_bytes)
+    assert [p.kl for p in on_front] == sorted((p.kl for p in on_front), reverse=True)
+
+
+def test_another_context_is_counted_anew(done):
+    _, front, plan = done
+    point = min(front.points, key=lambda p: p.size_bytes)
+    schemes = [Scheme(name) for name in front.candidates[point.id].schemes]
+    own = footprint(front)
+    assert own.cache_bytes(point) == point.cache_bytes
+    other = footprint(front, batch=1, context=100)
+    table = [
+        cache_bytes.unit_bytes(unit, plan.layout, scheme, Workload(1, 100))
+        for unit, scheme in zip(plan.layout.units, schemes, strict=True)
+        if unit.kind == "cache"
+    ]
+    assert other.cache_bytes(point) == pytest.approx(sum(table), abs=len(table))
+    assert other.memory_bytes(point) == point.weight_bytes + other.cache_bytes(point)
+
+
+def test_a_query_by_memory_counts_each_points_own_cache(done):
+    _, front, _ = done
+    sizes = {p.id: footprint(front).memory_bytes(p) for p in front.points}
+    limit = sorted(sizes.values())[len(sizes) // 2]
+    found = answer(front, {"memory_bytes": limit})
+    assert sizes[found.point.id] <= limit
+    fitting = [p for p in front.points if sizes[p.id] <= limit]
+    assert found.point.kl == min(p.kl for p in fitting)
+    assert found.to_json()["kv_cache_bytes"] == found.point.cache_bytes
+
+
+def test_documents_tell_the_cache_from_the_weights(done):
+    _, front, plan = done
+    for document in (front.to_json(), front_document(front)):
+        for point in document["points"]:
+            assert point["cache_bytes"] > 0
+        json.dumps(document, allow_nan=False)
+    detail = detail_document(front, None)
+    assert detail["rows"][-2:] == ["k_cache", "v_cache"]
+    bits = dict(zip([u["name"] for u in detail["units"]], detail["bits"], strict=True))
+    columns = dict(zip(detail["menu"], bits["model.layers.0.k_cache"], strict=True))
+    assert columns["bf16"] == 16
+    assert columns["int4-channel"] == 4 + 16 / 16  # a float16 scale for each row of 16
+    assert columns["int8-g32"] is None
+
+
+def test_a_job_is_resumed_by_its_key(done, tiny_folders):
+    store, front, plan = done
+    CountingPool.methods = []
+    again = make_plan(config_of(tiny_folders("llama")))
+    assert again.key == plan.key
+    assert run_search(again, store, CountingPool, Silent()) == front.job.id
+    assert not CountingPool.methods
+    without = make_plan(small_config(tiny_folders("llama")))
+    assert without.key != plan.key
+    # a menu without caches is a job as it was before there were any
+    assert "cache" in without.config.menu.silent
+
+
+def test_a_limit_on_memory_pays_for_both(tiny_folders):
+    """The least memory fits only the smallest of both; what is left of a larger one is spent."""
+    config = config_of(tiny_folders("llama"), **{"serving.max_memory_bytes": 1_400_000})
+    plan = make_plan(config)
+    problem = plan.problem(plan.bytes_table.astype(float))
+    assert max(plan.budgets) <= 1_400_000 - working_bytes(plan)
+    assert plan.other_bytes + problem.smallest("weight_bytes") <= min(plan.budgets)
+    with pytest.raises(InfeasibleBudgetError, match="of weights and KV cache of 3 x 512"):
+        make_plan(config_of(tiny_folders("llama"), **{"serving.max_memory_bytes": 100_000}))
+
+
+def test_the_map_names_caches_and_is_applied_again(done, tmp_path, tiny_folders):
+    store, front, _ = done
+    point = next(p for p in front.points if p.control is None)
+    [written] = export_point(store, front, point.id, ["map"], tmp_path / "map", force=False)
+    found = PrecisionMap.read(tmp_path / "map" / "precision_map.json")
+    assert found.map_hash == point.map_hash
+    assert {unit.kind for unit in found.units} == {"weights", "cache"}
+    assert set(found.caches) == {f"model.layers.{i}.{k}_cache" for i in range(2) for k in "kv"}
+    model = str(tiny_folders("llama"))
+    again, number = apply_map(
+        store, tmp_path / "map" / "precision_map.json", model, front.job.id, "none", None
+    )
+    assert again.point(number).map_hash == point.map_hash
+
+
+def test_our_own_checkpoint_is_read_back_with_its_cache(done, tmp_path):
+    store, front, _ = done
+    point = min((p for p in front.points if p.control is None), key=lambda p: p.cache_bytes)
+    [written] = export_point(store, front, point.id, ["packed"], tmp_path / "packed", force=False)
+    assert written["reloaded_kl"] == pytest.approx(written["measured_kl"], rel=0.02)
+    assert written["weight_bytes"] == written["predicted_bytes"] == point.weight_bytes
+
+
+def test_targets_that_cant_keep_them_say_so(done, tmp_path):
+    store, front, _ = done
+    point = min((p for p in front.points if p.control is None), key=lambda p: p.cache_bytes)
+    for target, why in (
+        ("llm-compressor", "can't be told of KV caches"),
+        ("gptq", "keeps no KV cache in"),
+    ):
+        with pytest.raises(ExportError, match=why):
+            export_point(store, front, point.id, [target], tmp_path / target, force=False)
+        assert not (tmp_path / target).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"menu.cache": ["int5"]}, "unknown format 'int5'"),
+        ({"menu.cache": ["gguf-q8_0"]}, "no scheme of the menu applies to model.layers.0.k_cache"),
+        ({"serving.tensor_parallel": 2}, "tensor parallelism"),
+        (
+            {"serving.engine": "compressed-tensors", "menu": "int4-channel-bf16,bf16"},
+            "compressed-tensors keeps no KV cache in int8-channel; it has bf16, fp8-e4m3",
+        ),
+    ],
+)
+def test_what_cant_be_is_refused_in_a_line(tiny_folders, more, why):
+    with pytest.raises(BitfrontError, match=why) as caught:
+        make_plan(config_of(tiny_folders("llama"), **more))
+    assert "\n" not in str(caught.value)
+
+
+def test_estimators_that_know_nothing_of_caches_are_left_out(tiny_folders, done):
+    store, _, _ = done
+    both = make_plan(config_of(tiny_folders("llama"), estimators=["output-error", "row-fisher"]))
+    assert settled(both, store).config.estimators == ("row-fisher",)
+    none = make_plan(config_of(tiny_folders("llama"), estimators=["output-error"]))
+    with pytest.raises(ConfigError, match="output-error can't score the KV cache"):
+        settled(none, store)
+
+
+def test_rules_by_kind_and_by_name(tiny_folders):
+    """A pin keeps the first layer's keys; engines that fuse caches decide them together."""
+    folder = tiny_folders("llama")
+    given = config_of(folder).model_dump()
+    given["menu"]["pinned"] |= {"*.layers.0.k_cache": "bf16"}
+    plan = make_plan(type(config_of(folder)).model_validate(given))
+    of = {
+        u.name: [s.name for s in row]
+        for u, row in zip(plan.layout.units, plan.choices, strict=True)
+    }
+    assert of["model.layers.0.k_cache"] == ["bf16"]
+    assert len(of["model.layers.1.k_cache"]) == 3
+    shared = config_of(
+        folder, menu="gguf-q8_0,bf16",
+        **{"menu.cache": ["bf16", "int8-g32"], "serving.engine": "llama.cpp", "serving.batch": 1},
+    )  # fmt: skip
+    units = make_plan(shared).layout.units
+    assert [u.name for u in units if u.kind == "cache"] == ["k_cache", "v_cache"]
+
+
+def test_the_command_takes_a_menu_for_the_cache(bitfront_command, tiny_folders):
+    done = subprocess.run(
+        [bitfront_command, "search", str(tiny_folders("llama")), "--menu", "int4-g32,int8-g32",
+         "--kv-menu", "bf16,int4-channel", "--context", "256", "--dry-run", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    kinds = [unit["kind"] for unit in document["units"]]
+    assert kinds.count("cache") == 4
+    assert "int8-g32, KV cache int4-channel" in [entry["scheme"] for entry in document["uniform"]]
+
+
+def test_rules_in_a_file_go_with_the_presets_schemes(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("menu: {cache: [bf16, int8-g32]}\n")
+    config = load_config("demo", file, {})
+    assert config.menu.cache == ("bf16", "int8-g32")
+    assert "int4-g32" in config.menu.schemes
+    assert caching.FULL_CACHE_BITS == 16

@@ -77,10 +77,10 @@ def run_audit(
     """Audit the estimators on a planned job; the job has `audit` among its facts then."""
     for name in options.estimators:
         ESTIMATORS[name]
-    if plan.caches.any():
+    if plan.online:
         raise ConfigError(
-            "audits are of estimators of weights, and this job chooses formats of its KV cache, too; "
-            "audit a job of the same model without --kv-menu"
+            "audits are of estimators of weights, and this job chooses formats of its KV cache or "
+            "activations, too; audit a job of the same model without"
         )
     job = open_planned(plan, store)
     # those of an earlier audit cost nothing, and the best should be the best of all

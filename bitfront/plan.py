@@ -115,6 +115,11 @@ class Plan:
         return np.array([unit.kind == "cache" for unit in self.layout.units])
 
     @property
+    def online(self) -> bool:
+        """Whether anything is quantized while the model runs: KV caches or activations."""
+        return bool(self.caches.any()) or any(s.activation != FULL_PRECISION for s in self.menu)
+
+    @property
     def fixed_bytes(self) -> int:
         """Weight bytes outside the units that the search decides."""
         closed = ~self.open_units
@@ -291,8 +296,8 @@ def make_plan(config: JobConfig) -> Plan:
 
 def settled(plan: Plan, store: Store) -> Plan:
     """The plan with what `auto` stands for among its estimators, and why."""
-    if plan.caches.any():
-        plan = _scoring_caches(plan)
+    if plan.online:
+        plan = _scoring_online(plan)
     if AUTO not in plan.config.estimators:
         return plan
     names = [scheme.name for scheme in plan.menu]
@@ -313,18 +318,19 @@ def settled(plan: Plan, store: Store) -> Plan:
     return replace(plan, config=config, because=because, evidence=evidence)
 
 
-def _scoring_caches(plan: Plan) -> Plan:
-    """Without the estimators that know nothing of KV caches.
+def _scoring_online(plan: Plan) -> Plan:
+    """Without the estimators that know nothing of KV caches and activations.
 
     Raises:
         ConfigError: none is left.
     """
     wanted = plan.config.estimators
-    able = tuple(name for name in wanted if name == AUTO or ESTIMATORS[name].caches)
+    able = tuple(name for name in wanted if name == AUTO or ESTIMATORS[name].online)
     if not able:
-        known = ", ".join(name for name in ESTIMATORS if ESTIMATORS[name].caches)
+        known = ", ".join(name for name in ESTIMATORS if ESTIMATORS[name].online)
         raise ConfigError(
-            f"{', '.join(wanted)} can't score the KV cache, whose formats this job chooses; give "
+            f"{', '.join(wanted)} can't score KV caches and activations, whose formats this job "
+            "chooses; give "
             f"--estimators {known.split(', ')[0]}, or others of {known}"
         )
     return replace(plan, config=plan.config.model_copy(update={"estimators": able}))

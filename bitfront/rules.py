@@ -77,6 +77,7 @@ def _choices(
         for scheme in schemes
         if scheme not in banned
         and not any(FORMATS[scheme.weight].refusal(site.shape) for site in unit.matrices)
+        and _reads(unit, scheme)
     )
     if not fitting:
         but = f", forbidden ones left out ({', '.join(sorted(s.name for s in banned))})"
@@ -85,6 +86,18 @@ def _choices(
             f"{but if banned else ''}; add one, or pin the unit to bf16"
         )
     return fitting
+
+
+def _reads(unit: Unit, scheme: Scheme) -> bool:
+    """Whether the layers of a unit can have their inputs quantized like that."""
+    from quantization.activations import ACTIVATIONS
+
+    if scheme.activation == FULL_PRECISION:
+        return True
+    if unit.kind != "linear":  # experts are picked inside their kernels, heads are ours
+        return False
+    format = ACTIVATIONS[scheme.activation]
+    return not any(format.refusal((1, site.shape[-1])) for site in unit.sites)
 
 
 def _matches(pattern: str, unit: Unit) -> bool:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evaluation.activations import Activations
 from evaluation.caches import Caches
 from quantization.bank import Bank, Tensors
 from quantization.kernels.packed_weight import PackedWeight
-from quantization.schemes import Scheme
+from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Unit, cache_slot
 from quantization.weights import skeleton
 
@@ -25,6 +26,7 @@ class AssembledModel:
 
     Attributes:
         caches: the KV caches' formats; None where they aren't units.
+        activations: the formats of what linear layers read; None until a scheme names one.
         block_outputs: what turns hidden states into what each block returns, once it has been tried
             (`evaluation.blocks`).
     """
@@ -32,6 +34,7 @@ class AssembledModel:
     def __init__(self, bank: Bank, device: torch.device) -> None:
         self.bank, self.device = bank, device
         self.caches: Caches | None = None
+        self.activations: Activations | None = None
         self.block_outputs: list[Callable[[Tensor], Any]] | None = None
         self.module = skeleton(bank.checkpoint, bank.dtype)
         self._aliases = _aliases(self.module)
@@ -74,6 +77,7 @@ class AssembledModel:
                 continue
             unit = self.bank.layout.units[i]
             self._keep_past(unit, scheme)
+            self._read_in(unit, scheme)
             tensors = (
                 self.bank.reference(unit) if scheme is None else self.bank.tensors(unit, scheme)
             )
@@ -95,6 +99,7 @@ class AssembledModel:
                 continue
             unit = self.bank.layout.units[i]
             self._keep_past(unit, None)
+            self._read_in(unit, None)
             for tensor in self.bank.forget(unit):
                 self._on_device.pop(_page(tensor), None)
             for site in unit.stored:
@@ -115,6 +120,24 @@ class AssembledModel:
             self.caches.formats.pop(slot, None)
             if scheme is not None:
                 self.caches.formats[slot] = scheme.weight
+
+    def read_inputs(self) -> Activations:
+        """The hooks before linear layers, which are there from now on."""
+        self.activations = self.activations or Activations(self.module, self.bank.layout)
+        return self.activations
+
+    def _read_in(self, unit: Unit, scheme: Scheme | None) -> None:
+        """Let the linear layers of a unit read their inputs in a scheme's format."""
+        if unit.kind != "linear":
+            return
+        format = None if scheme is None else scheme.activation
+        if format not in (None, FULL_PRECISION):
+            self.read_inputs()
+        if self.activations:
+            for site in unit.sites:
+                self.activations.formats.pop(site.name, None)
+                if format not in (None, FULL_PRECISION):
+                    self.activations.formats[site.name] = str(format)
 
     def _point(self, name: str, tensor: Tensor) -> None:
         """Make the bank's tensor the model's parameter of that name."""

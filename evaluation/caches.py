@@ -10,15 +10,17 @@ too.
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from evaluation.online import Written, check_finite, straight_through
+from quantization.activations import rounded
 from quantization.errors import MeasurementError
 from quantization.formats import FORMATS
-from quantization.quantizers import QUANTIZERS
 from quantization.units import KEYS, VALUES, Layout, Slot
 
 CAST = ("fp8-e4m3",)
@@ -28,33 +30,16 @@ ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 """What attentions call the cache that they are given."""
 
 
-class Written(NamedTuple):
-    """What a pass has put into a slot.
-
-    Args:
-        exact: before it was quantized, 1 x heads x tokens x width.
-        kept: the same in the graph of the pass, to differentiate by.
-    """
-
-    exact: Tensor
-    kept: Tensor
-
-
 def quantized(rows: Tensor, format: str) -> Tensor:
     """`rows` (... x width) as a cache of that format gives them back.
 
     Raises:
         MeasurementError: NaN or infinity, or what the format can't hold.
     """
-    if not bool(rows.isfinite().all()):
-        raise MeasurementError(
-            "NaN or infinity in the keys or values of a candidate; try --dtype float32"
-        )
+    check_finite(rows, "keys or values")
     if format in CAST:
         return rows.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).to(rows.dtype)
-    flat = rows.reshape(-1, rows.shape[-1]).float()
-    found = QUANTIZERS["rtn"].quantize(flat, FORMATS[format]).dequantize()
-    return found.view(rows.shape).to(rows.dtype)
+    return rounded(rows, FORMATS[format])
 
 
 class Caches:
@@ -102,11 +87,7 @@ class Caches:
             self._watched[layer, kind].append(Written(states.detach(), states))
         if format is None:
             return states
-        if not torch.is_grad_enabled():
-            return quantized(states, format)
-        with torch.no_grad():
-            shift = quantized(states, format) - states
-        return states + shift  # gradients go straight through
+        return straight_through(states, partial(quantized, format=format))
 
     def _hook(self, module: nn.Module) -> Iterator[int]:
         for child in module.modules():

@@ -254,7 +254,7 @@ class Bank:
         return FULL_PRECISION if self.dtype == torch.bfloat16 else None
 
     def _path(self, unit: Unit, scheme: Scheme | str) -> Path:
-        name = scheme if isinstance(scheme, str) else scheme.name
+        name = scheme if isinstance(scheme, str) else scheme.weight
         if name == self._exact_format():
             name = REFERENCE
         known = f"@{self.statistics.short}" if self.statistics and self._needs(scheme) else ""

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-from quantization.errors import UnknownNameError
-from quantization.registry import shown
-
 FULL_PRECISION = "bf16"
 
 
@@ -31,12 +28,17 @@ class Scheme:
     @classmethod
     def parse(cls, name: str) -> "Scheme":
         """Undo `name`; raises `UnknownNameError` for formats that don't exist."""
-        from quantization.formats import FORMATS  # torch: only once a format is really needed
+        from quantization.activations import ACTIVATIONS  # torch: only once a format is needed
+        from quantization.formats import FORMATS
 
         weight, _, activation = name.partition("/")
-        if activation not in ("", FULL_PRECISION):
-            raise UnknownNameError(
-                f"unknown activation format '{shown(activation)}' in '{shown(name)}'; known: {FULL_PRECISION}"
-            )
         FORMATS[weight]
-        return cls(weight)
+        if activation in ("", FULL_PRECISION):
+            return cls(weight)
+        ACTIVATIONS[activation]
+        return cls(weight, activation)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is quantized."""
+        return self == Scheme(FULL_PRECISION)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.assembly import AssembledModel
-from quantization.schemes import FULL_PRECISION, Scheme
+from quantization.schemes import Scheme
 from quantization.units import Site, Unit
 from sensitivity.correction import MeasuredMap, corrected
 from sensitivity.work import Work
@@ -101,8 +101,8 @@ class Estimator(ABC):
 
     name: str
     unit: str
-    caches = False
-    """Whether it scores units of KV caches, too."""
+    online = False
+    """Whether it scores what is quantized while a model runs, too: KV caches and activations."""
     revision = 1
     """Raise it when a change of the estimator changes its scores: stored ones are then left."""
 
@@ -154,7 +154,7 @@ def menu(choices: Sequence[Sequence[Scheme]]) -> list[Scheme]:
 
 def lossy(schemes: Sequence[Scheme]) -> list[Scheme]:
     """Those of a unit's schemes that can cost something."""
-    return [scheme for scheme in schemes if scheme.weight != FULL_PRECISION]
+    return [scheme for scheme in schemes if not scheme.exact]
 
 
 def empty_table(choices: Sequence[Sequence[Scheme]]) -> RawTable:

@@ -26,7 +26,7 @@ class ContextMarginal(ByRestarts):
 
     name = "context-marginal"
     unit = "nats per token, above a random map's"
-    caches = True
+    online = True
     most_chunks = 3
 
     def score(

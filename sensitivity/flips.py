@@ -30,7 +30,7 @@ class Flips(ByRestarts):
     """
 
     unit = "nats per token, one change at a time"
-    caches = True
+    online = True
 
     def __init__(self, *, quantized: bool) -> None:
         self.name = "flips-quantized" if quantized else "flips"

@@ -35,7 +35,7 @@ class MeasuredMaps(ByRestarts):
 
     name = "measured-maps"
     unit = "nats per token, to second order, corrected by measured maps"
-    caches = True
+    online = True
 
     def shares(self, units: int, chunks: int) -> list[Share]:
         """All units, chunk by chunk: every map says something of all units."""

@@ -32,7 +32,7 @@ from sensitivity.base import (
     menu,
     middle,
 )
-from sensitivity.pasts import Pasts
+from sensitivity.online import Online
 from sensitivity.work import Work
 
 CHUNKS_A_TASK = 4
@@ -51,7 +51,7 @@ class WeightGradient(Estimator):
             one scheme at a time, and the exact weights' numbers are taken off.
     """
 
-    caches = True
+    online = True
     probe: Probe = staticmethod(sampled_labels)
     probes = 1
     quantized = False
@@ -113,10 +113,10 @@ class WeightGradient(Estimator):
             for units in passes.blocks.units
         ]
         outer = [u for u in passes.blocks.outer if u in range(*share.units) and lossy(choices[u])]
-        pasts = Pasts(model, [*(u for units in wanted for u in units), *outer])
+        online = Online(model, choices, [*(u for units in wanted for u in units), *outer])
         wanted = [[u for u in units if _is_weights(model, u)] for units in wanted]
         outer = [u for u in outer if _is_weights(model, u)]
-        stop = next((i for i, units in enumerate(wanted) if units or pasts.units(i)), len(wanted))
+        stop = next((i for i, units in enumerate(wanted) if units or online.units(i)), len(wanted))
         stop = 0 if outer else stop  # an embedding wants the gradient before the first block
         counts = _Counts(model)
 
@@ -124,7 +124,7 @@ class WeightGradient(Estimator):
         def watch(index: int) -> Iterator[list[Tensor]]:
             sites = _sites(model, wanted[index])
             targets: list[Tensor] = [model.parameter(site.parameter) for site in sites]
-            with counts.of(sites), pasts.watch(index) as kept:
+            with counts.of(sites), online.watch(index) as kept:
                 yield targets
             targets += kept()
 
@@ -135,7 +135,7 @@ class WeightGradient(Estimator):
             passes.forward(watch=watch if work.keeps_graphs(len(own)) else None)
             given = self.arrived(passes)
             for index, c, found in passes.backward(self.probe, self.probes, watch, stop, given):
-                pasts.score(self, table, choices, index, c, found)
+                online.score(self, table, index, c, found)
                 held += found
                 if c + 1 == len(own):
                     self._add(table, model, choices, wanted[index], held, counts)
@@ -156,8 +156,8 @@ class WeightGradient(Estimator):
         columns = menu(choices)
         place = 0
         for u in units:
-            unit, schemes = model.bank.layout.units[u], lossy(choices[u])
-            at = [columns.index(scheme) for scheme in schemes]
+            unit, every = model.bank.layout.units[u], lossy(choices[u])
+            schemes = list(dict.fromkeys(Scheme(scheme.weight) for scheme in every))
             contracted = None
             for site in unit.stored:
                 gradients = [passed[place] for passed in held]
@@ -169,8 +169,10 @@ class WeightGradient(Estimator):
             if unit.kind == "experts":
                 seen = counts.tokens[unit.stored[0].name]
                 add_experts(table, u, choices, schemes, scores.numpy(), seen)
-            else:
-                table.sums[u, at] += scores.sum(1).numpy()
+                continue
+            of = dict(zip(schemes, scores.sum(1).tolist(), strict=True))
+            for scheme in every:  # what activations cost is added elsewhere
+                table.sums[u, columns.index(scheme)] += of[Scheme(scheme.weight)]
 
     def _contracted(
         self,

@@ -8,8 +8,8 @@ import pytest
 
 from bitfront import caching
 from bitfront.answering import answer, footprint
-from bitfront.budgets import working_bytes
 from bitfront.applying import apply as apply_map
+from bitfront.budgets import working_bytes
 from bitfront.config import ConfigError, load_config
 from bitfront.documents import detail_document, front_document
 from bitfront.exporting import export_point
@@ -221,7 +221,7 @@ def test_estimators_that_know_nothing_of_caches_are_left_out(tiny_folders, done)
     both = make_plan(config_of(tiny_folders("llama"), estimators=["output-error", "row-fisher"]))
     assert settled(both, store).config.estimators == ("row-fisher",)
     none = make_plan(config_of(tiny_folders("llama"), estimators=["output-error"]))
-    with pytest.raises(ConfigError, match="output-error can't score the KV cache"):
+    with pytest.raises(ConfigError, match="output-error can't score KV caches"):
         settled(none, store)
 
 

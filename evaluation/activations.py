@@ -1,0 +1,63 @@
+"""Activations in a format: what each linear layer reads is quantized token by token, before it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from evaluation.online import Written, check_finite, straight_through
+from quantization.activations import ACTIVATIONS, rounded
+from quantization.units import Layout
+
+
+def quantized(states: Tensor, format: str) -> Tensor:
+    """Inputs of a layer (... x width) as its kernel reads them.
+
+    Raises:
+        MeasurementError: NaN or infinity.
+    """
+    check_finite(states, "activations")
+    return rounded(states, ACTIVATIONS[format])
+
+
+class Activations:
+    """The inputs of a replica's linear layers, each in a format or exact.
+
+    Args:
+        module: the model, whose layers are hooked for good.
+        layout: its units.
+
+    Attributes:
+        formats: by the layer's path; a layer that isn't there reads exact inputs.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self.formats: dict[str, str] = {}
+        self._watched: Mapping[str, list[Written]] = {}
+        for unit in layout.units:
+            for site in unit.sites if unit.kind == "linear" else ():
+                layer = module.get_submodule(site.name)
+                layer.register_forward_pre_hook(partial(self._before, site.name))
+
+    @contextmanager
+    def watch(self, paths: Mapping[str, list[Written]]) -> Iterator[None]:
+        """Note what some layers read in the passes within."""
+        self._watched, before = paths, self._watched
+        try:
+            yield
+        finally:
+            self._watched = before
+
+    def _before(self, path: str, _: nn.Module, args: tuple[Any, ...]) -> Any:
+        format = self.formats.get(path)
+        if format is None and path not in self._watched:
+            return None
+        states, *rest = args
+        if path in self._watched:
+            states = states.view_as(states)  # others may read the same tensor
+            self._watched[path].append(Written(states.detach(), states))
+        if format is not None:
+            states = straight_through(states, partial(quantized, format=format))
+        return (states, *rest)

@@ -137,7 +137,7 @@ def _schemes(layout: Layout, foreign: Foreign, file: Path) -> list[Scheme]:
                 "as one; name a job with an engine that fuses nothing (llama.cpp, torch) by --job"
             )
         # a tied matrix is stored as its embedding
-        schemes.append(Scheme(foreign.formats.get(unit.sites[0].name, FULL_PRECISION)))
+        schemes.append(Scheme.stored(foreign.formats.get(unit.sites[0].name, FULL_PRECISION)))
     return schemes
 
 

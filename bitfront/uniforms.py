@@ -24,9 +24,7 @@ def uniform_maps(plan: "Plan", problem: Problem) -> dict[str, Choice]:
     weights, pasts = (_parts(plan, problem, rows) for rows in (~caches, caches))
     middle, largest = weights[len(weights) // 2 : len(weights) // 2 + 1], pasts[-1:]
     pairs = [(w, k) for w in weights for k in largest] + [(w, k) for w in middle for k in pasts]
-    return {
-        f"{w_name}, KV cache {k_name}": np.where(caches, k, w) for (w_name, w), (k_name, k) in pairs
-    }
+    return {f"{w_name} + KV {k_name}": np.where(caches, k, w) for (w_name, w), (k_name, k) in pairs}
 
 
 def _parts(plan: "Plan", problem: Problem, rows: np.ndarray) -> list[tuple[str, Choice]]:

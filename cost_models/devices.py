@@ -51,9 +51,13 @@ class Rule(_Closed):
     remark: str | None = None
 
     def matches(self, weight: str, activation: str) -> bool:
-        """Whether the rule speaks of weights with these activations, both by format name."""
+        """Whether the rule speaks of weights with these activations, both by format name.
+
+        Whatever the type of the scales: kernels are the same.
+        """
         weights, _, activations = self.formats.partition("/")
-        return fnmatchcase(weight, weights) and fnmatchcase(
+        names = (weight, weight.removesuffix("-bf16"))
+        return any(fnmatchcase(name, weights) for name in names) and fnmatchcase(
             activation, activations or FULL_PRECISION
         )
 

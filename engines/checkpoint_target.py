@@ -38,6 +38,10 @@ class CheckpointTarget(Target):
     def rules(self) -> Rules:
         """What it can hold, and the bytes of that."""
 
+    def stored_in(self, scheme: Scheme, packed: Packed) -> dict[str, Tensor]:
+        """`stored`, where activations change what is stored."""
+        return self.stored(packed)
+
     @abstractmethod
     def stored(self, packed: Packed) -> dict[str, Tensor]:
         """The tensors of a quantized matrix, by their names behind the module's."""
@@ -53,6 +57,10 @@ class CheckpointTarget(Target):
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
         """What else users should know, such as `serve`."""
         return {}
+
+    def quantizes_inputs(self, export: Export) -> bool:
+        """Whether what `load` gives quantizes activations by itself, as the checkpoint says."""
+        return False
 
     def write(self, export: Export, folder: Path) -> None:
         """See `Target.write`."""
@@ -81,7 +89,7 @@ class CheckpointTarget(Target):
                 f"what was written for {self.name} can't be loaded ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''}); nothing was exported"
             ) from error
-        found = check_losses(export, loaded)
+        found = check_losses(export, loaded, quantizes_inputs=self.quantizes_inputs(export))
         return {**found, "weight_bytes": written, **self.remarks(export, folder)}
 
     def metadata(self, layout: Layout, schemes: Sequence[Scheme]) -> Mapping[str, str]:
@@ -101,7 +109,7 @@ class CheckpointTarget(Target):
                     values = made.tensors["values"].view(torch.bfloat16).to(self.dtype)
                     yield site.parameter, values.mT if site.transposed else values
                     continue
-                for name, tensor in self.stored(made).items():
+                for name, tensor in self.stored_in(scheme, made).items():
                     yield self.name_of(site.parameter, name), tensor
         for name, tensor in bank.rest().items():
             yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor

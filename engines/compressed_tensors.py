@@ -4,7 +4,8 @@ Codes of integers are the same bit streams (padded to whole words a row), so not
 again. Zero points lie along the rows there, and NVFP4's tensor scale is a divisor.
 
     intB-gG-bf16 (-asym), intB-channel-bf16 (-asym)     pack-quantized
-    fp8-e4m3, fp8-e4m3-channel                          float-quantized
+    fp8-e4m3, fp8-e4m3-channel (/fp8-e4m3-token)        float-quantized
+    int8-channel-bf16/int8-token                        int-quantized
     nvfp4                                               nvfp4-pack-quantized
 """
 
@@ -38,6 +39,13 @@ SHAPE_BYTES = 16
 """Of `weight_shape`: two 64-bit integers."""
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 PACKED, FLOAT, MIXED = "pack-quantized", "float-quantized", "mixed-precision"
+BYTES = "int-quantized"
+"""Of integers that are multiplied as such: a byte each."""
+TOKENS: dict[str, dict[str, Any]] = {
+    "int8-token": {"num_bits": 8, "type": "int"},
+    "fp8-e4m3-token": {"num_bits": 8, "type": "float"},
+}
+"""Activations that are quantized as they come, a scale a token."""
 
 
 class CompressedTensors(Declared):
@@ -47,6 +55,8 @@ class CompressedTensors(Declared):
         """See `Rules.nbytes`."""
         format = FORMATS[scheme.weight]
         own = format.nbytes(shape)
+        if scheme.activation != FULL_PRECISION:
+            return own  # a byte a code
         if not isinstance(format, Scaled) or not isinstance(format.element, SignedInteger):
             return own  # floats and full precision
         rows, columns = shape
@@ -85,6 +95,15 @@ class CompressedTensorsFiles(CheckpointTarget):
     name = "compressed-tensors"
     engine = "compressed-tensors"
     rules = Library()
+
+    def stored_in(self, scheme: Scheme, packed: Packed) -> dict[str, Tensor]:
+        """See `CheckpointTarget.stored_in`."""
+        if _compression(scheme) != BYTES:
+            return self.stored(packed)
+        codes = packed.tensors["codes"].view(torch.uint8).reshape(packed.shape)
+        return {
+            "weight": (codes.int() - 128).to(torch.int8), "weight_scale": packed.tensors["scales"],
+        }  # fmt: skip
 
     def stored(self, packed: Packed) -> dict[str, Tensor]:
         """See `CheckpointTarget.stored`."""
@@ -140,6 +159,10 @@ class CompressedTensorsFiles(CheckpointTarget):
             model(torch.zeros((1, 1), dtype=torch.long))  # decompresses, in its first pass
         return model.to(bank.dtype)
 
+    def quantizes_inputs(self, export: Export) -> bool:
+        """See `CheckpointTarget.quantizes_inputs`: the library does, with its own arithmetic."""
+        return not _has_zeros(export)
+
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
         """How to serve it, or which units vLLM has no kernels for."""
         vllm = VLLM()
@@ -182,7 +205,7 @@ def _has_zeros(export: Export) -> bool:
 
 def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
     """The checkpoint's `quantization_config`: a group a format, its matrices by their names."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[Scheme, list[str]] = {}
     ignored: list[str] = []
     caches = set()
     for unit, scheme in zip(layout.units, schemes, strict=True):
@@ -190,19 +213,19 @@ def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
             caches.add(scheme.weight)
             continue
         names = [site.name for site in unit.sites]
-        if scheme.weight == FULL_PRECISION:
+        if scheme.exact:
             ignored += names if unit.kind != "embedding" else []
         else:
-            groups.setdefault(scheme.weight, []).extend(names)
+            groups.setdefault(scheme, []).extend(names)
     found = {
         f"group_{number}": {
             "targets": names,
-            "weights": arguments_of(format),
-            "input_activations": None,
+            "weights": arguments_of(scheme.weight),
+            "input_activations": _inputs(scheme.activation),
             "output_activations": None,
-            "format": _compression(FORMATS[format]),
+            "format": _compression(scheme),
         }
-        for number, (format, names) in enumerate(groups.items())
+        for number, (scheme, names) in enumerate(groups.items())
     }
     kinds = {group["format"] for group in found.values()}
     return {
@@ -242,11 +265,11 @@ def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str
     found = dict.fromkeys(names, FULL_PRECISION)
     for group in read.config_groups.values():
         assert not isinstance(group, list)
-        if group.input_activations or group.output_activations:
-            raise ExportError(
-                "the configuration quantizes activations, which aren't measured here yet"
-            )
-        format = format_of(group.weights.model_dump() if group.weights else None)
+        if group.output_activations:
+            raise ExportError("the configuration quantizes outputs, which aren't measured here")
+        weights = format_of(group.weights.model_dump() if group.weights else None)
+        given = group.input_activations
+        format = Scheme(weights, _activation(given.model_dump() if given else None)).name
         for name in names:
             ignored = any(match_name(name, pattern) for pattern in read.ignore or [])
             chosen = any(t == "Linear" or match_name(name, t) for t in group.targets)
@@ -309,6 +332,28 @@ def format_of(arguments: Mapping[str, Any] | None) -> str:
     raise ExportError(f"no format here stands for compressed-tensors' {wanted}")
 
 
+def _inputs(activation: str) -> dict[str, Any] | None:
+    if activation == FULL_PRECISION:
+        return None
+    if activation not in TOKENS:
+        raise ExportError(f"compressed-tensors has no word here for activations in {activation}")
+    return {**TOKENS[activation], "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def _activation(arguments: Mapping[str, Any] | None) -> str:
+    """Undo `_inputs`."""
+    if arguments is None:
+        return FULL_PRECISION
+    for name in TOKENS:
+        own = _inputs(name) or {}
+        if {key: arguments.get(key) for key in own} == own:
+            return name
+    raise ExportError(
+        f"no activation format here stands for compressed-tensors' {dict(arguments)}; known are "
+        f"dynamic ones with a scale a token: {', '.join(TOKENS)}"
+    )
+
+
 def _known(format: Scaled) -> bool:
     """Whether the checkpoint can hold it."""
     if format.name == "nvfp4" or (format.element is E4M3 and format.rows in (1, WHOLE)):
@@ -320,7 +365,10 @@ def _known(format: Scaled) -> bool:
     )
 
 
-def _compression(format: Any) -> str:
+def _compression(scheme: Scheme) -> str:
+    format: Any = FORMATS[scheme.weight]
+    if scheme.activation != FULL_PRECISION and isinstance(format.element, SignedInteger):
+        return BYTES
     if format.name == "nvfp4":
         return "nvfp4-pack-quantized"
     return PACKED if isinstance(format.element, SignedInteger) else FLOAT

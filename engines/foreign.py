@@ -21,7 +21,7 @@ from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ExportError, ModelError
 from quantization.formats import FORMATS
 from quantization.precision_map import PrecisionMap
-from quantization.schemes import FULL_PRECISION
+from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import KEYS, VALUES, Layout
 
 GROUP = 64
@@ -44,7 +44,7 @@ class Foreign:
     """What a file says.
 
     Args:
-        formats: of each site that it speaks of.
+        formats: the scheme of each site that it speaks of, by name.
         engine: whose map it is, where only one loads such files.
     """
 
@@ -98,14 +98,13 @@ def _names(layout: Layout, *kinds: str) -> list[str]:
 
 
 def _of_ours(path: Path, found: PrecisionMap) -> Foreign:
-    if wrong := [u.name for u in found.units if u.scheme.activation != FULL_PRECISION]:
-        raise ModelError(f"'{path}' quantizes activations, as of {wrong[0]}: not measured here yet")
     if transform := found.provenance.get("transform"):
         raise ModelError(
             f"'{path}' is for the model as {transform} rescaled it; search with that transform, "
             "and export its point"
         )
-    return Foreign({site: unit.scheme.weight for unit in found.units for site in unit.sites})
+    names = {u.name: Scheme(u.scheme.weight, u.scheme.activation).name for u in found.units}
+    return Foreign({site: names[unit.name] for unit in found.units for site in unit.sites})
 
 
 def _of_config(path: Path, document: Mapping[str, Any], layout: Layout) -> Foreign | None:

@@ -36,13 +36,11 @@ class PackedFiles(Rules):
     fuses = False
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
-        """See `Rules.refusal`."""
-        if scheme.activation != FULL_PRECISION:
-            return f"activations in {scheme.activation} have no kernel here"
+        """See `Rules.refusal`; the map beside the files says how activations are rounded."""
         return FORMATS[scheme.weight].refusal(site.shape)
 
     def cache_refusal(self, scheme: Scheme) -> str | None:
-        """None: the map beside it says what the cache is kept in (`evaluation.caches`)."""
+        """None: the map says that, too (`evaluation.caches`)."""
         return None
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from engines.base import Export, Rules
 from engines.checkpoint_files import tensor_bytes
+from evaluation.activations import Activations
 from evaluation.caches import Caches
 from quantization.adapter import describe
 from quantization.checkpoints import Checkpoint, load_config, load_model
 from quantization.errors import ExportError
-from quantization.schemes import Scheme
+from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout, Unit, cache_slot
 
 TOLERANCE = 0.02
@@ -89,16 +90,25 @@ def check_bytes(export: Export, rules: Rules, folder: Path) -> int:
     return written
 
 
-def check_losses(export: Export, reloaded: Any) -> dict[str, Any]:
+def check_losses(
+    export: Export, reloaded: Any, *, quantizes_inputs: bool = False
+) -> dict[str, Any]:
     """Repeat the measurement with what a target's own loader made of the files.
 
     Args:
         export: what was written.
         reloaded: a causal language model of transformers.
+        quantizes_inputs: whether its layers quantize their activations by themselves.
 
     Raises:
         ExportError: another loss.
     """
+    formats_in = {
+        site: unit.scheme.activation
+        for unit in export.precision_map.weights
+        for site in unit.sites
+        if unit.scheme.activation != FULL_PRECISION
+    }
     evaluator, chunks, measured = export.evaluator, export.chunks, export.measured_kl
     assert evaluator is not None
     assert chunks is not None
@@ -109,6 +119,8 @@ def check_losses(export: Export, reloaded: Any) -> dict[str, Any]:
         layout = evaluator.bank.layout
         sites = (site for unit in layout.units if unit.kind == "cache" for site in unit.sites)
         caches.formats = {cache_slot(site): formats[site.name] for site in sites}
+    if formats_in and not quantizes_inputs:
+        Activations(reloaded, evaluator.bank.layout).formats = formats_in
     head = reloaded.get_output_embeddings().weight.data
     if head.equal(evaluator.head.weight):
         head = evaluator.head.weight  # the same values: differences of logits stay exact

@@ -71,7 +71,7 @@ def test_bytes_are_weights_and_the_cache_at_the_workload(done):
             for site in unit.stored
         )
         assert point.weight_bytes == weights + plan.other_bytes
-    exact = next(p for p in front.points if "cache bf16" in front.candidates[p.id].origin)
+    exact = next(p for p in front.points if "KV bf16" in front.candidates[p.id].origin)
     assert exact.cache_bytes == 2 * 2 * rows * 16 * 2
     solved = [c for c in candidates_of(store, front.job.id) if c.certificate]
     assert solved
@@ -83,8 +83,8 @@ def test_the_search_mixes_what_it_is_offered(done):
     _, front, plan = done
     origins = {front.candidates[p.id].origin for p in front.points if p.control == "uniform"}
     assert origins >= {
-        "uniform int4-g32, KV cache bf16", "uniform int8-g32, KV cache bf16",
-        "uniform int8-g32, KV cache int4-channel",
+        "uniform int4-g32 + KV bf16", "uniform int8-g32 + KV bf16",
+        "uniform int8-g32 + KV int4-channel",
     }  # fmt: skip
     caches = np.flatnonzero(plan.caches)
     mixed = [
@@ -255,7 +255,7 @@ def test_the_command_takes_a_menu_for_the_cache(bitfront_command, tiny_folders):
     document = json.loads(done.stdout)
     kinds = [unit["kind"] for unit in document["units"]]
     assert kinds.count("cache") == 4
-    assert "int8-g32, KV cache int4-channel" in [entry["scheme"] for entry in document["uniform"]]
+    assert "int8-g32 + KV int4-channel" in [entry["scheme"] for entry in document["uniform"]]
 
 
 def test_rules_in_a_file_go_with_the_presets_schemes(tmp_path):

@@ -335,3 +335,59 @@ def test_compressed_tensors_says_what_the_cache_is_kept_in(llama, tmp_path):
     assert config["kv_cache_scheme"]["type"] == "float"
     assert compressed_tensors.cache_format_of(config) == "fp8-e4m3"
     assert compressed_tensors.cache_format_of({"kv_cache_scheme": None}) == "bf16"
+
+
+ACTIVE = [
+    "int8-channel-bf16/int8-token",
+    "fp8-e4m3-channel/fp8-e4m3-token",
+    "int4-g32-bf16",
+    "bf16",
+]
+
+
+def active_export(bank, menu):
+    """Each unit under another scheme, in turns."""
+    names = [Scheme.parse(name) for name in menu]
+    schemes = [
+        Scheme("bf16") if unit.layer is None else names[i % len(names)]
+        for i, unit in enumerate(bank.layout.units)
+    ]
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    pairs = [(s.weight, s.activation) for s in schemes]
+    entry = ModelEntry(name="tiny", weights_hash="0" * 64)
+    return Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl)
+
+
+@pytest.mark.parametrize("menu", [ACTIVE, ACTIVE[:1], ACTIVE[1:2]], ids=["mixed", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "packed"])
+def test_activations_are_quantized_by_what_loads_it(llama, tmp_path, name, menu):
+    from quantization.bank import Bank
+    from quantization.quantizers import QUANTIZERS
+
+    layout = describe(llama)
+    bank = Bank(llama, layout, QUANTIZERS["rtn"], torch.float32)
+    plain = [Scheme(Scheme.parse(n).weight) for n in menu]
+    bank.build(choices_of(layout, [*plain, *(Scheme.parse(n) for n in menu)]))
+    export = active_export(bank, menu)
+    target = load_target(name)
+    target.write(export, tmp_path)
+    found = target.check(export, tmp_path)
+    assert found["reloaded_kl"] == pytest.approx(export.measured_kl, rel=0.02, abs=5e-5)
+    weights = [Scheme(unit.scheme.weight) for unit in export.precision_map.units]
+    alone = [export.evaluator.measure(weights, ids) for ids in CHUNKS]
+    without = sum(loss.kl_sum for loss in alone) / sum(loss.tokens for loss in alone)
+    assert found["reloaded_kl"] > 1.1 * without
+    if name == "packed":
+        return
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    sites = [s.name for u in layout.units if u.kind == "linear" for s in u.sites]
+    read = compressed_tensors.formats_of(config, sites)
+    wanted = {
+        site: Scheme(unit.scheme.weight, unit.scheme.activation).name
+        for unit in export.precision_map.units
+        for site in unit.sites
+        if site in sites
+    }
+    assert read == wanted

@@ -576,3 +576,31 @@ def test_slopes_of_caches_are_derivatives(make_bank):
                 pairs.append((expected, after - here.loss.kl_sum))
     predicted, found = np.array(pairs).T
     assert np.corrcoef(predicted, found)[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("name", ["fisher", "row-fisher", "kl-fisher"])
+def test_second_order_scores_of_activations_are_what_fine_formats_cost(make_bank, name):
+    """Weights and activations add up, in a scheme and over units."""
+    from quantization.bank import Bank
+    from quantization.quantizers import QUANTIZERS
+
+    plain = make_bank("llama")
+    menu_ = [Scheme.parse(n) for n in ("bf16", "bf16/int6-token", "int6-channel",
+                                       "int6-channel/int6-token")]  # fmt: skip
+    bank = Bank(plain.checkpoint, plain.layout, QUANTIZERS["rtn"], torch.float32)
+    choices = choices_of(plain.layout, menu_)
+    bank.build(choices)
+    model = AssembledModel(bank, CPU)
+    table, columns = whole(name, model, choices, LONG).mean(), menu(choices)
+    column = {scheme.name: columns.index(scheme) for scheme in menu_}
+    inside = [u for u, unit in enumerate(bank.layout.units) if unit.layer is not None]
+    read, stored = (table[inside, column[n]] for n in ("bf16/int6-token", "int6-channel"))
+    both = table[inside, column["int6-channel/int6-token"]]
+    rounding = table[inside, column["bf16/int6-token"]].min() * 0.05
+    np.testing.assert_allclose(both, read + stored, rtol=0.02, atol=rounding)
+    evaluator = Evaluator(bank, CPU)
+    for scheme in menu_[1:]:
+        schemes = [scheme if u in inside else None for u in range(len(choices))]
+        losses = [evaluator.measure(schemes, ids) for ids in LONG]
+        kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+        assert table[inside, columns.index(scheme)].sum() == pytest.approx(kl, rel=0.35)

@@ -30,12 +30,11 @@ def bytes_at(job: Job, layout: Layout, schemes: Sequence[str], workload: Workloa
 
 def layer_bits(job: Job, layout: Layout, schemes: Sequence[str]) -> list[float]:
     """Bits of a number in each layer's cache, scales included; one for each of `layout.cache`."""
-    of = unit_bits(job, layout, schemes)
+    held = numbers(job, layout)
     bits = {
-        cache_slot(site): of[unit.name]
-        for unit in layout.units
-        if unit.kind == "cache"
-        for site in unit.sites
+        cache_slot(site): 8 * nbytes / held[u]
+        for u, nbytes in _unit_bytes(job, layout, schemes).items()
+        for site in layout.units[u].sites
     }
     found = []
     for layer in layout.cache:
@@ -50,18 +49,18 @@ def layer_bits(job: Job, layout: Layout, schemes: Sequence[str]) -> list[float]:
     return found
 
 
-def unit_bits(job: Job, layout: Layout, schemes: Sequence[str]) -> dict[str, float]:
-    """Bits of a number of each unit of caches, scales included, by the unit's name."""
+def numbers(job: Job, layout: Layout) -> list[int]:
+    """How many numbers each unit holds: weights, or keys and values at the job's workload."""
+    if not is_open(job):
+        return [unit.numel for unit in layout.units]
     workload = _workload(job)
     kept = {layer.block: layer.window or workload.context for layer in layout.cache}
-    found = {}
-    for u, nbytes in _unit_bytes(job, layout, schemes).items():
-        unit = layout.units[u]
-        tokens = [min(workload.context, kept[cache_slot(site)[0]]) for site in unit.sites]
-        pairs = zip(unit.sites, tokens, strict=True)
-        numbers = workload.batch * sum(site.numel * count for site, count in pairs)
-        found[unit.name] = 8 * nbytes / numbers
-    return found
+    return [
+        unit.numel
+        or workload.batch
+        * sum(s.numel * min(workload.context, kept[cache_slot(s)[0]]) for s in unit.sites)
+        for unit in layout.units
+    ]
 
 
 def _workload(job: Job) -> Workload:

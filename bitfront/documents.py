@@ -100,12 +100,9 @@ def detail_document(front: Front, tables: dict[str, Any] | None) -> dict[str, An
         for unit, names in zip(layout.units, facts["choices"], strict=True)
     ]  # fmt: skip
     bits = [
-        [
-            _bits(front, unit, name, cost) if name in names else None
-            for name, cost in zip(menu, costs, strict=True)
-        ]
-        for unit, names, costs in zip(
-            layout.units, facts["choices"], facts["bytes_table"], strict=True
+        [8 * cost / held if name in names else None for name, cost in zip(menu, costs, strict=True)]
+        for held, names, costs in zip(
+            caching.numbers(job, layout), facts["choices"], facts["bytes_table"], strict=True
         )
     ]
     columns = {name: index for index, name in enumerate(menu)}
@@ -173,14 +170,6 @@ def log_line(event: Mapping[str, Any]) -> str:
     who = f" (by {event['by']})" if event.get("by") else ""
     said = f": {event['error']}" if event.get("error") else ""
     return f"{at}  state  {event.get('state')}{who}{said}"
-
-
-def _bits(front: Front, unit: Unit, scheme: str, cost: int) -> float:
-    """Of a number of the unit, scales included."""
-    if unit.kind != "cache":
-        return 8 * cost / unit.numel
-    schemes = [scheme] * len(front.layout.units)
-    return caching.unit_bits(front.job, front.layout, schemes)[unit.name]
 
 
 def rows_of(layout: Layout) -> list[str]:

@@ -250,7 +250,8 @@ def solve(
     )  # fmt: skip
     for s in found["solutions"]:
         table.add_row(
-            show_bytes(s["budget_bytes"]), show_bytes(s["weight_bytes"]),
+            show_bytes(s["budget_bytes"]),
+            show_bytes(s["weight_bytes"] + s.get("cache_bytes", 0)),
             f"{s['average_bits']:.3f}", f"{s['predicted_kl']:.4f}",
             ", ".join(f"{n} {name}" for name, n in s["schemes"].items()),
             f"point {s['measured_as']}" if s["measured_as"] else "not measured",

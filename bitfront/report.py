@@ -8,6 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from bitfront import caching
 from bitfront.audit_views import audit_remarks, calibration_figure, ranked
 from bitfront.documents import front_document, method_of, row_of, rows_of
 from bitfront.figures import ACCENT, CONTROL, INK, MUTED, front_figure
@@ -104,11 +105,12 @@ def _grid(
     texts = [[""] * layers for _ in rows]
     schemes = front.candidates[point.id].schemes
     menu, bytes_table = front.job.facts["menu"], front.job.facts["bytes_table"]
-    for unit, scheme, costs in zip(layout.units, schemes, bytes_table, strict=True):
-        if unit.layer is None:
+    held = caching.numbers(front.job, layout)
+    for u, (unit, scheme, costs) in enumerate(zip(layout.units, schemes, bytes_table, strict=True)):
+        if unit.layer is None or scheme not in menu:  # a map that was given may go beyond it
             continue
         row = rows.index(str(row_of(unit)))
-        bits[row][unit.layer] = 8 * costs[menu.index(scheme)] / unit.numel
+        bits[row][unit.layer] = 8 * costs[menu.index(scheme)] / held[u]
         texts[row][unit.layer] = scheme
     return bits, texts
 

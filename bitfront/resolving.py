@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitfront import rules
+from bitfront import caching, rules
 from bitfront.config import JobConfig
 from bitfront.fronts import layout_of
 from cost_models.memory import PHASES
@@ -100,9 +100,11 @@ def solve_again(
     for budget, solution in zip(budgets, solutions, strict=True):
         schemes = [given.menu[column] for column in solution.choice]
         pairs = [(scheme.weight, scheme.activation) for scheme in schemes]
+        cache = caching.held_bytes(job, layout, [scheme.name for scheme in schemes])
         found.append({
             "budget_bytes": budget,
-            "weight_bytes": given.weight_bytes(solution.choice),
+            "weight_bytes": given.weight_bytes(solution.choice) - (cache or 0),
+            **({} if cache is None else {"cache_bytes": cache}),
             "average_bits": given.bits_of(solution.choice),
             "predicted_kl": solution.loss,
             "gap": solution.gap,

@@ -67,9 +67,9 @@ function columnsOf(points) {
   return [
     ["point", (p) => p.id, (p) => `${p.id}`],
     ["bits", (p) => p.average_bits, (p) => bits(p.average_bits)],
-    ["weights", (p) => p.weight_bytes, (p) => bytes(p.weight_bytes)],
+    ["size", (p) => p.size_bytes, (p) => bytes(p.size_bytes)],
     ...(points.some((p) => p.cache_bytes !== undefined)
-      ? [["KV cache", (p) => p.cache_bytes, (p) => bytes(p.cache_bytes)]]
+      ? [["of it KV cache", (p) => p.cache_bytes, (p) => bytes(p.cache_bytes)]]
       : []),
     ["KL", (p) => p.kl, (p) => kl(p.kl)],
     ["95 %", (p) => p.kl_high - p.kl_low, (p) => `${kl(p.kl_low)} to ${kl(p.kl_high)}`],

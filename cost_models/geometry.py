@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantization.errors import ModelError
-from quantization.units import Layout
-
-EXPERTS_PER_TOKEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_top_k",
-    "moe_topk",
-    "top_k_experts",
-    "experts_per_token",
-)
-"""Names under which configurations say how many experts a token visits."""
+from quantization.units import EXPERTS_PER_TOKEN, Layout
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cost_models.memory import PHASES, Phase, Workload
 from engines.base import Cell, Engine
 from quantization.schemes import Scheme
-from quantization.units import Layout, Unit
+from quantization.units import Layout, Site, Unit
 
 COMMON_GAIN, OWN_GAIN = 0.5, 0.06
 """Prior deviations of what all kernels' gains share, and of each one's own."""
@@ -53,12 +53,23 @@ def products(
     for index, site in enumerate(unit.sites):
         if unit.kind == "embedding" and index == 0:
             continue
+        if unit.kind == "experts":
+            found += _of_experts(unit, site, engine.kernel(scheme, site.shape), tokens)
+            continue
         is_head = unit.kind in ("embedding", "head")
         shape, kernel = (site.shape[-2], site.shape[-1]), engine.kernel(scheme, site.shape)
         for rows, times in [(workload.batch, 1)] if is_head else turns:
             if rows and times:
                 found.append(Product(Cell(shape, kernel, rows), times))
     return found
+
+
+def _of_experts(unit: Unit, site: Site, kernel: str, tokens: int) -> list[Product]:
+    """Each token goes to some experts; a prompt's are spread evenly over all of them."""
+    experts, rows, columns = site.shape
+    visits = tokens * (unit.active or 1)
+    busy = min(experts, visits)
+    return [Product(Cell((rows, columns), kernel, -(-visits // busy)), busy)]
 
 
 def cells(

@@ -51,7 +51,7 @@ class Served(_Closed):
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a matrix of that shape has no such kernel, or None."""
-        rows, columns = shape
+        rows, columns = shape[-2:]
         for count, divisor, what in ((rows, self.rows, "rows"), (columns, self.columns, "columns")):
             if count % divisor:
                 return f"{count} {what} don't divide by {divisor}"
@@ -66,6 +66,7 @@ class Runtime(_Closed):
         fuses: whether the sites of a unit are one matrix to it.
         formats: what it serves beside full precision; of several that match, any will do.
         kept: kinds of units that stay in full precision, and why.
+        experts: whether the packed experts of a layer are a tensor to it.
         cache: formats that its KV cache can be kept in.
         cache_sharing: what of it has one format.
         sources: where the rules come from.
@@ -77,6 +78,7 @@ class Runtime(_Closed):
     fuses: bool
     formats: tuple[Served, ...]
     kept: dict[UnitKind, str] = {}
+    experts: bool = False
     cache: tuple[str, ...] = (FULL_PRECISION,)
     cache_sharing: CacheSharing = "all"
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -138,7 +140,7 @@ class Declared(Rules):
 
         if scheme == Scheme(FULL_PRECISION):
             return None
-        if len(site.shape) != 2 or site.transposed:
+        if site.transposed or (len(site.shape) != 2 and not self.runtime.experts):
             return "packed experts and transposed weights aren't written for it yet"
         known = [served for served in self.runtime.formats if served.matches(scheme)]
         if not known:

@@ -231,7 +231,7 @@ def _format_of(type: str) -> str:
 
 def _gguf_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
     """Site to the name of its tensor in GGUF files."""
-    from engines.gguf_file import tensor_names
+    from engines.gguf_file import parts_of, tensor_names
 
     name_of = tensor_names(load_config(checkpoint))
-    return {s.name: name_of(s.parameter) for u in layout.weights for s in u.sites}
+    return {s.name: name_of(parts_of(s)[0][0]) for u in layout.weights for s in u.sites}

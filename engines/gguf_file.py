@@ -19,6 +19,7 @@ from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ExportError
 from quantization.formats.gguf import TYPES
 from quantization.registry import Registry
+from quantization.units import Site
 
 GUESSED = 1024  # llama.cpp's file type of mixes that have no name
 F32 = "f32"
@@ -34,10 +35,12 @@ class Family:
         name: in GGUF files.
         interleaved: whether its rotary embedding turns neighbours, where transformers turns halves;
             rows of queries and keys then change places.
+        normalised: of mixtures, whether the weights of the experts that a token goes to sum to 1.
     """
 
     name: str
     interleaved: bool = False
+    normalised: bool | None = None
 
 
 FAMILIES: Registry[Family] = Registry("kind of model for GGUF files")
@@ -45,6 +48,9 @@ FAMILIES.add("llama", Family("llama", interleaved=True))
 FAMILIES.add("mistral", Family("llama", interleaved=True))
 FAMILIES.add("qwen2", Family("qwen2"))
 FAMILIES.add("qwen3", Family("qwen3"))
+FAMILIES.add("mixtral", Family("llama", interleaved=True, normalised=True))
+FAMILIES.add("qwen2_moe", Family("qwen2moe", normalised=False))
+FAMILIES.add("qwen3_moe", Family("qwen3moe", normalised=True))
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ def family_of(config: Any) -> Family:
         ExportError: a rotary embedding that isn't.
     """
     family = FAMILIES[config.model_type]
+    if family.normalised is not None:
+        _check_experts(config, family.normalised)
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in ROTARY:
         raise ExportError(
@@ -85,6 +93,42 @@ def family_of(config: Any) -> Family:
             f"know; they know {', '.join(ROTARY)}"
         )
     return family
+
+
+def _check_experts(config: Any, normalised: bool) -> None:
+    """Refuse mixtures that llama.cpp computes otherwise."""
+    dense = (
+        getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1
+    )
+    if dense:
+        raise ExportError(
+            "llama.cpp wants experts in every layer of this kind of model, and some have none "
+            "(mlp_only_layers, decoder_sparse_step); it can't be exported to GGUF"
+        )
+    if getattr(config, "norm_topk_prob", normalised) != normalised:
+        raise ExportError(
+            f"llama.cpp {'always' if normalised else 'never'} normalises the weights of a token's "
+            f"experts in this kind of model, and this one has norm_topk_prob={not normalised}; it "
+            "can't be exported to GGUF"
+        )
+
+
+def parts_of(site: Site) -> list[tuple[str, tuple[int, ...], slice]]:
+    """The tensors that a site is in the file: name, shape, and which of its rows.
+
+    Packed experts keep gates and ups in one parameter, one above the other, and GGUF files don't.
+    """
+    if len(site.shape) < 3:
+        return [(site.parameter, site.shape, slice(None))]
+    path, _, leaf = site.parameter.rpartition(".")
+    experts, rows, columns = site.shape
+    if leaf != "gate_up_proj":
+        return [(f"{site.parameter}.weight", site.shape, slice(None))]
+    half = rows // 2
+    return [
+        (f"{path}.{name}.weight", (experts, half, columns), slice(start, start + half))
+        for name, start in (("gate_proj", 0), ("up_proj", half))
+    ]
 
 
 def write_gguf(
@@ -176,9 +220,22 @@ def _add_model(writer: gguf.GGUFWriter, config: Any, checkpoint: Checkpoint) -> 
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_vocab_size(config.vocab_size)
+    if family_of(config).normalised is not None:
+        _add_experts(writer, config)
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+def _add_experts(writer: gguf.GGUFWriter, config: Any) -> None:
+    """How many, how many a token goes to, and their widths."""
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if width := getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(width)
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(shared)
 
 
 def rope_divisors(config: Any) -> NDArray[np.float32]:

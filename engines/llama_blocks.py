@@ -4,6 +4,8 @@
 our quantizers made, GPTQ for one, is served by llama.cpp as it was measured.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,12 @@ BLOCK = 32
 
 
 def blocks(packed: Packed) -> Tensor:
-    """A matrix's blocks: uint8, rows x row bytes.
+    """A matrix's blocks: uint8, rows x row bytes; of packed experts those of all, one after another.
 
     Args:
         packed: in one of `llama_cpp.LOSSLESS`, whole groups.
     """
-    rows, columns = packed.shape
+    rows, columns = prod(packed.shape[:-1]), packed.shape[-1]
     bits = 4 if LOSSLESS[packed.format] == "q4_0" else 8
     codes = unpack_bits(packed.tensors["codes"], bits, columns).view(rows, -1, BLOCK)
     if bits == 4:  # the first half of a block in the low nibbles, the second in the high ones

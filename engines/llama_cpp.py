@@ -5,7 +5,7 @@ for it, and may be. Bytes: blocks of the stored type, vectors in float32, no pad
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,8 @@ class LlamaCpp(Declared, Engine):
         """See `Rules.presets`: `Q4_K_M` and its kin."""
         from engines.llama_presets import preset_types
 
+        if any(unit.kind == "experts" for unit in layout.units):
+            return {}  # rules of their own, which aren't known here
         return {
             name: {parameter: f"{PREFIX}{type}" for parameter, type in types.items()}
             for name, types in preset_types(config, layout).items()
@@ -195,25 +197,32 @@ def stored_tensors(evaluator: "Evaluator", schemes: Sequence[Scheme]) -> Iterato
     Raises:
         ExportError: llama.cpp doesn't serve a unit's scheme; the units are named.
     """
-    from engines.gguf_file import F32, Stored
+    from engines.gguf_file import F32, Stored, parts_of
     from engines.reload import check_served
 
     bank, engine = evaluator.bank, LlamaCpp()
     check_served(engine, bank.checkpoint, bank.layout, schemes)
+    held: dict[str, NDArray[np.uint8]] = {}
     for unit, scheme in zip(bank.layout.units, schemes, strict=True):
         for site in unit.stored:
 
             def read(
-                unit: Any = unit, scheme: Scheme = scheme, name: str = site.parameter
+                unit: Any = unit, scheme: Scheme = scheme, site: Site = site
             ) -> NDArray[np.uint8]:
-                packed = bank.packed_parameters(unit, scheme, name)
-                if packed.format in LOSSLESS:
-                    return _blocks(packed)
-                (tensor,) = packed.tensors.values()
-                found: NDArray[np.uint8] = tensor.view(_uint8()).numpy()
-                return found
+                if site.parameter not in held:  # the parts of a site come one after another
+                    held.clear()
+                    found = _bytes_of(bank.packed_parameters(unit, scheme, site.parameter))
+                    held[site.parameter] = found.reshape(*site.shape[:-1], -1)
+                return held[site.parameter]
 
-            yield Stored(site.parameter, engine.kernel(scheme, site.shape), site.shape, read)
+            for name, shape, rows in parts_of(site):
+
+                def part(
+                    read: Callable[[], NDArray[np.uint8]] = read, rows: slice = rows
+                ) -> NDArray[np.uint8]:
+                    return np.ascontiguousarray(read()[..., rows, :])
+
+                yield Stored(name, engine.kernel(scheme, site.shape), shape, part)
     for name, tensor in bank.rest().items():
         values = tensor.float().contiguous().numpy()
         yield Stored(name, F32, values.shape, lambda values=values: values.view(np.uint8))  # type: ignore[misc]
@@ -228,10 +237,15 @@ def _types(checkpoint: Checkpoint, tensors: Sequence["Stored"]) -> str:
     return "".join(f"^{re.escape(name)}$={type}\n" for name, type in rows)
 
 
-def _blocks(packed: Any) -> NDArray[np.uint8]:
-    from engines.llama_blocks import blocks
+def _bytes_of(packed: Any) -> NDArray[np.uint8]:
+    """Rows of ggml's blocks."""
+    if packed.format in LOSSLESS:
+        from engines.llama_blocks import blocks
 
-    found: NDArray[np.uint8] = blocks(packed).numpy()
+        own: NDArray[np.uint8] = blocks(packed).numpy()
+        return own
+    (tensor,) = packed.tensors.values()
+    found: NDArray[np.uint8] = tensor.view(_uint8()).numpy()
     return found
 
 

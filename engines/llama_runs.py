@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Exercise, Run
-from engines.gguf_file import F32, Stored, write_gguf
+from engines.gguf_file import F32, Stored, parts_of, write_gguf
 from engines.llama_library import PLAIN_CACHE, LlamaModel, llama
 from engines.power import processor_counter
 from engines.turns import joules_of
@@ -62,10 +63,11 @@ def opened(
         ExportError: a model that GGUF files don't know.
     """
     tensors = [
-        Stored(site.parameter, type, site.shape, _reader(type, site.shape))
+        Stored(name, type, shape, _reader(type, shape))
         for unit in layout.units
         for site in unit.stored
         for type in (kernels[site.parameter],)
+        for name, shape, _ in parts_of(site)
     ]
     tensors += [Stored(name, F32, shape, _ones(shape)) for name, shape in others.items()]
     place = _place(sum(tensor.nbytes for tensor in tensors))
@@ -166,9 +168,10 @@ def _ones(shape: tuple[int, ...]) -> Read:
 
 def noise(type: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Normal numbers as ggml packs them (rows x row bytes): subnormal ones would be slow."""
-    rows, columns = shape
+    rows, columns = prod(shape[:-1]), shape[-1]
     few = _few(type, min(rows, FEW_ROWS), columns)
-    return np.ascontiguousarray(np.tile(few, (-(-rows // len(few)), 1))[:rows])
+    packed = np.ascontiguousarray(np.tile(few, (-(-rows // len(few)), 1))[:rows])
+    return packed.reshape(*shape[:-1], -1)
 
 
 @cache

@@ -19,7 +19,16 @@ from transformers.pytorch_utils import Conv1D
 
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ModelError
-from quantization.units import CacheLayer, Kept, Layout, Site, Unit, UnitKind, unit_name
+from quantization.units import (
+    EXPERTS_PER_TOKEN,
+    CacheLayer,
+    Kept,
+    Layout,
+    Site,
+    Unit,
+    UnitKind,
+    unit_name,
+)
 
 TRACED_TOKENS = 8
 ROUTER = "routes tokens to experts"
@@ -74,8 +83,9 @@ def find_units(model: nn.Module) -> Layout:
             else:
                 reasons[f"{path}.weight"] = reason
 
+    active = _active(model.config) if hasattr(model, "config") else None
     blocks = [
-        _unit("experts" if key[1] == "experts" else "linear", sites)
+        _unit("experts", sites, active) if key[1] == "experts" else _unit("linear", sites)
         for key, sites in groups.items()
     ]
     if not blocks:
@@ -238,11 +248,19 @@ def _expert_sites(path: str, module: nn.Module) -> list[Site]:
     return sites
 
 
-def _unit(kind: UnitKind, sites: list[Site]) -> Unit:
+def _active(config: Any) -> int | None:
+    """How many experts a token goes to."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in EXPERTS_PER_TOKEN)
+    return next((int(value) for value in found if value is not None), None)
+
+
+def _unit(kind: UnitKind, sites: list[Site], active: int | None = None) -> Unit:
     index = BLOCK_INDEX.search(sites[0].name) if kind in ("linear", "experts") else None
     return Unit(
         unit_name(site.name for site in sites),
         kind,
         tuple(sites),
         int(index.group(1)) if index else None,
+        active,
     )

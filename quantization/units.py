@@ -12,6 +12,15 @@ from typing import Any, Literal
 from quantization.errors import ModelError
 
 KEYS, VALUES = "k_cache", "v_cache"
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "top_k_experts",
+    "experts_per_token",
+)
+"""What configurations call how many experts a token goes to."""
 Slot = tuple[int, str]
 """Where a layer's past is kept: its index, and `KEYS` or `VALUES`."""
 UnitKind = Literal["linear", "experts", "embedding", "head", "cache"]
@@ -49,12 +58,14 @@ class Unit:
 
     Args:
         layer: index of the decoder block, None outside the blocks.
+        active: of packed experts, how many a token goes to; None where it isn't known.
     """
 
     name: str
     kind: UnitKind
     sites: tuple[Site, ...]
     layer: int | None = None
+    active: int | None = None
 
     @property
     def numel(self) -> int:
@@ -122,7 +133,7 @@ class Layout:
         """The same model decided site by site, for engines that fuse nothing; tied ones stay one."""
         found: list[Unit] = []
         for unit in self.units:
-            alone = [Unit(site.name, unit.kind, (site,), unit.layer) for site in unit.sites]
+            alone = [replace(unit, name=site.name, sites=(site,)) for site in unit.sites]
             found += alone if len(unit.stored) > 1 else [unit]
         return replace(self, units=tuple(found))
 
@@ -177,6 +188,7 @@ class Layout:
                     name=unit["name"],
                     kind=unit["kind"],
                     layer=unit["layer"],
+                    active=unit.get("active"),
                     sites=tuple(
                         Site(**{**site, "shape": tuple(site["shape"])}) for site in unit["sites"]
                     ),

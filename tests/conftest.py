@@ -46,6 +46,15 @@ CONFIGS = {
         "Qwen2MoeConfig",
         {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "cohere": ("CohereConfig", {}),
 }

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cost_models import measured
 from cost_models.measured import Ratio, cells, features, fit, products, table
@@ -65,20 +63,26 @@ def random_maps(generator, count, kernels=4):
     return [dict(zip(names, 1e-2 * row, strict=True)) for row in shares]
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000))
-def test_the_fit_finds_what_made_the_times(seed):
-    """Gains within 10 % of a common one, an overhead, 1 % of noise: other maps within 3 %."""
-    generator = np.random.default_rng(seed)
-    maps = random_maps(generator, 24)
-    gains = dict(zip("abcd", 1.3 * generator.normal(1, 0.05, 4), strict=True))
-    took = [
-        (2e-3 + sum(gains[k] * s for k, s in sums.items())) * generator.normal(1, 0.01)
-        for sums in maps
-    ]
-    found = fit(maps[:12], took[:12], [0.01] * 12)
-    off = [found.predict(sums)[0] / t - 1 for sums, t in zip(maps[12:], took[12:], strict=True)]
-    assert np.sqrt(np.mean(np.square(off))) < 0.03
+def test_the_fit_finds_what_made_the_times():
+    """Gains within 10 % of a common one, an overhead, 1 % of noise: other maps within 1.5 %.
+
+    Of a thousand draws two were beyond 3 %, so single ones can't be asked for it.
+    """
+    off = []
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        maps = random_maps(generator, 24)
+        gains = dict(zip("abcd", 1.3 * generator.normal(1, 0.05, 4), strict=True))
+        took = [
+            (2e-3 + sum(gains[k] * s for k, s in sums.items())) * generator.normal(1, 0.01)
+            for sums in maps
+        ]
+        found = fit(maps[:12], took[:12], [0.01] * 12)
+        pairs = zip(maps[12:], took[12:], strict=True)
+        errors = [found.predict(sums)[0] / t - 1 for sums, t in pairs]
+        off.append(np.sqrt(np.mean(np.square(errors))))
+    assert np.median(off) < 0.015
+    assert np.quantile(off, 0.95) < 0.03
 
 
 def test_its_error_bars_hold_what_they_promise():

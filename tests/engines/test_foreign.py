@@ -94,13 +94,38 @@ def test_recipes_are_read_back(llama, layout, make_bank, tmp_path):
         assert found["model.layers.0.mlp.up_proj"] == "bf16"
 
 
-def test_what_quantizes_more_than_weights_is_refused(llama, layout, tmp_path):
+def test_activations_are_read_where_a_format_stands_for_them(llama, layout, tmp_path):
+    """A scale a token is one; static scales and outputs that are quantized are refused."""
     weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
     inputs = {**weights, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+    def written(**more):
+        group = {"targets": ["Linear"], "weights": weights, **more}
+        config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+        return tmp_path
+
+    found = read_map(written(input_activations=inputs), llama, layout)
+    assert found.formats[QUERY] == "fp8-e4m3-channel/fp8-e4m3-token"
+    static = {**inputs, "strategy": "tensor", "dynamic": False}
+    with pytest.raises(ExportError, match="no activation format here stands for"):
+        read_map(written(input_activations=static), llama, layout)
+    with pytest.raises(ExportError, match="quantizes outputs"):
+        read_map(written(output_activations=inputs), llama, layout)
+
+
+def test_a_cache_is_read_where_the_layout_has_one(llama, layout, tmp_path):
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    config = {
+        "quant_method": "compressed-tensors", "kv_cache_scheme": cache,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
-    with pytest.raises(ExportError, match="quantizes activations"):
+    found = read_map(tmp_path, llama, layout.with_caches("apart"))
+    assert set(found.caches.values()) == {"fp8-e4m3"}
+    assert len(found.caches) == 2 * len(layout.cache)
+    with pytest.raises(ExportError, match="quantizes the KV cache, and this job leaves it"):
         read_map(tmp_path, llama, layout)
 
 

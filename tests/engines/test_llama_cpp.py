@@ -40,6 +40,9 @@ MODELS = {
     "qwen3": ("qwen3", {}),
     "qwen2": ("qwen2", {}),
     "mistral": ("mistral", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2, experts": ("qwen2_moe", {"shared_expert_intermediate_size": 64}),
+    "qwen3, experts": ("qwen3_moe", {}),
 }
 
 
@@ -75,7 +78,11 @@ def test_llama_cpp_computes_what_was_measured(written):
     """Rotary halves, grouped queries, norms of queries, tied heads: any slip costs nats."""
     export, folder = written
     found = load_target("gguf").check(export, folder)
-    assert found["reloaded_kl"] == pytest.approx(export.measured_kl, rel=0.02, abs=0.003)
+    layout = export.evaluator.bank.layout
+    mixture = any(unit.kind == "experts" for unit in layout.units)
+    # activations of 8 bits send a token to another expert now and then
+    noise = 0.01 if mixture else 0.003
+    assert found["reloaded_kl"] == pytest.approx(export.measured_kl, rel=0.02, abs=noise)
 
 
 def test_the_bytes_are_the_banks_and_their_number_is_predicted(written):
@@ -89,9 +96,11 @@ def test_the_bytes_are_the_banks_and_their_number_is_predicted(written):
     assert tensor_bytes(folder / FILE_NAME) == predicted
     down = next(u for u in bank.layout.units if u.name.endswith("down_proj"))
     scheme = export.precision_map.schemes[bank.layout.units.index(down)]
-    (tensor,) = (t for t in reader.tensors if t.name == "blk.0.ffn_down.weight")
-    (packed,) = bank.packed_parameters(down, scheme, down.sites[0].parameter).tensors.values()
-    assert types["blk.0.ffn_down.weight"] == engine.kernel(scheme, down.sites[0].shape).lower()
+    name = "blk.0.ffn_down_exps.weight" if down.kind == "experts" else "blk.0.ffn_down.weight"
+    (tensor,) = (t for t in reader.tensors if t.name == name)
+    site = down.sites[-1]
+    (packed,) = bank.packed_parameters(down, scheme, site.parameter).tensors.values()
+    assert types[name] == engine.kernel(scheme, site.shape).lower()
     assert np.array_equal(tensor.data.view(np.uint8), packed.view(torch.uint8).numpy())
 
 
@@ -274,3 +283,39 @@ def test_llama_cpp_refuses_caches_that_it_has_no_type_for():
     assert LLAMA.unit_refusal(unit, Scheme("gguf-q8_0")) is None
     assert LLAMA.unit_refusal(unit, Scheme("int8-g32")) is None
     assert "keeps no KV cache in int3-g32" in LLAMA.unit_refusal(unit, Scheme("int3-g32"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_mixtures_of_experts_are_computed_alike(tmp_path, family):
+    """Gates above ups, routers, shared experts: in full precision nothing else is left to differ."""
+    checkpoint = resolve(str(save_tiny(family, tmp_path / "model")))
+    layout = describe(checkpoint).split()
+    bank = Bank(checkpoint, layout, QUANTIZERS["rtn"], torch.float32)
+    schemes = [Scheme("bf16")] * len(layout.units)
+    bank.build([[scheme] for scheme in schemes])
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    names = build_map(
+        layout, [("bf16", "bf16")] * len(layout.units), ModelEntry(name="t", weights_hash="0"), {}
+    )
+    folder = tmp_path / "out"
+    folder.mkdir()
+    export = Export(names, evaluator, CHUNKS, kl)
+    load_target("gguf").write(export, folder)
+    found = load_target("gguf").check(export, folder)
+    assert found["reloaded_kl"] == pytest.approx(kl, abs=0.003)
+    with LlamaModel(folder / FILE_NAME, 1, context=48, batch=48) as model:
+        logits = torch.from_numpy(model.logits(CHUNKS[0]))
+    exact = evaluator.reference_logits(CHUNKS[0])
+    assert torch.corrcoef(torch.stack([logits.flatten(), exact.flatten()]))[0, 1] > 0.995
+
+
+def test_mixtures_that_llama_cpp_computes_otherwise_are_refused(tmp_path):
+    for more, why in (
+        ({"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ({"mlp_only_layers": [0]}, "experts in every layer"),
+    ):
+        folder = save_tiny("qwen3_moe", tmp_path / next(iter(more)), **more)
+        with pytest.raises(ExportError, match=why):
+            LLAMA.check(load_config(resolve(str(folder))))

@@ -75,7 +75,7 @@ def main() -> None:
         rows = {}
         for point in front.points:
             found = compared(store, front, point) if point.control == "uniform" else None
-            if found and point.kl > found["chosen_kl"]:
+            if found:
                 name = front.candidates[point.id].origin.rpartition(" ")[2]
                 rows[name] = found
                 print(

@@ -330,7 +330,10 @@ def _compare(ours: Point, control: Point, name: str, heldout: dict[str, MapLoss]
 
 @dataclass(frozen=True)
 class Constraints:
-    """Upper bounds for a query; memory includes the KV cache of the workload, and is a device's."""
+    """Upper bounds for a query; memory includes the KV cache of the workload, and is a device's.
+
+    `weight_bytes` are what budgets of that name count: the KV cache, too, where a job chose its formats.
+    """
 
     weight_bytes: float = inf
     average_bits: float = inf
@@ -355,7 +358,7 @@ def best_point(
     if not front.points:
         return None, f"job {front.job.id} has no measured points yet"
     known: list[tuple[str, float, Any]] = [
-        ("weight_bytes", limits.weight_bytes, lambda p: p.weight_bytes),
+        ("weight_bytes", limits.weight_bytes, lambda p: p.size_bytes),
         ("average_bits", limits.average_bits, lambda p: p.average_bits),
         ("kl", limits.kl, lambda p: p.kl),
         (

@@ -129,11 +129,13 @@ def quadratic(problem: Problem, plan: Plan, pairs: Interactions) -> Quadratic:
 
 def _chosen(plan: Plan, table: Floats, count: int) -> tuple[tuple[int, ...], list[int]]:
     problem = plan.problem(np.zeros(plan.bytes_table.shape))
-    flat = {c: uniform(problem, c) for c in range(len(plan.menu))}
+    flat = {c: uniform(problem, c, ~plan.caches) for c in range(len(plan.menu))}
     sizes = {c: plan.weight_bytes(u) for c, u in flat.items() if u is not None}
-    lossy = [c for c in sizes if plan.menu[c].weight != "bf16"]
+    stored = np.asarray(plan.offered[plan.open_units & ~plan.caches].any(axis=0))
+    lossy = [c for c in sizes if stored[c] and not plan.menu[c].exact]
     columns = sorted(lossy, key=sizes.__getitem__)[:COARSEST]
     inside = np.array([unit.layer is not None for unit in plan.layout.units])
+    inside &= ~plan.caches
     able = np.flatnonzero(plan.offered[:, columns].all(axis=1) & inside & plan.open_units)
     fear = np.nan_to_num(table[able][:, columns].max(axis=1, initial=0.0))
     return tuple(int(u) for u in able[np.argsort(-fear)][:count]), columns

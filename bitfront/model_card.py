@@ -13,6 +13,7 @@ from bitfront.fronts import GIVEN, Front, Point
 from bitfront.sizes import show_bytes, show_seconds
 from cost_models.memory import PHASES
 from quantization.precision_map import PrecisionMap
+from quantization.schemes import Scheme
 
 FILE_NAME = "README.md"
 CHUNK = 2**20
@@ -88,7 +89,8 @@ def _summary(front: Front, point: Point, found: dict[str, Any]) -> str:
 
 
 def _formats(precision_map: PrecisionMap) -> str:
-    weights = Counter(unit.scheme.weight for unit in precision_map.weights)
+    own = (unit.scheme for unit in precision_map.weights)
+    weights = Counter(Scheme(scheme.weight, scheme.activation).name for scheme in own)
     caches = Counter(precision_map.caches.values())  # keys or values of a layer
     rows = [f"| {name} | {count} |" for name, count in weights.most_common()]
     rows += [f"| {name}, KV cache | {count} |" for name, count in caches.most_common()]

@@ -305,6 +305,8 @@ def settled(plan: Plan, store: Store) -> Plan:
     if known:  # the best of a few that left out the usual ones is no default
         judged = {entry["name"] for entry in known.facts["audit"]["estimators"]}
         known = known if judged.issuperset(UNPROVEN) else None
+    if known and plan.online and not ESTIMATORS[known.facts["audit"]["default"]].online:
+        known = None  # it was the best for weights alone
     found: tuple[str, ...] = UNPROVEN
     evidence = None
     why = "this model was never audited with this menu; `bitfront audit` finds its best"
@@ -407,7 +409,7 @@ def _transformed(plan: Plan, name: str) -> Plan:
     if TRANSFORMS[name].tuned:
         bits = {}
         for column, scheme in enumerate(plan.menu):
-            rows = plan.offered[:, column] & plan.open_units
+            rows = plan.offered[:, column] & plan.open_units & ~plan.caches
             if scheme.weight != FULL_PRECISION and rows.any():
                 numel = sum(plan.layout.units[row].numel for row in np.flatnonzero(rows))
                 bits[scheme.weight] = int(plan.bytes_table[rows, column].sum()) / numel

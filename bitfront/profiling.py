@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitfront.progress import Progress
-from cost_models import measured, weight_bytes
+from cost_models import cache_bytes, measured, weight_bytes
 from cost_models.measured import Fit
 from cost_models.memory import PHASES, Phase, Workload
 from engines.base import Cell, Engine, Exercise
@@ -114,6 +114,7 @@ class Subject:
         """Maps to fit on, from the smallest to the largest: mixes, since it is mixes that are predicted."""
         generator = np.random.default_rng(0)
         nbytes = weight_bytes.table(self.layout, self.menu, self.engine)
+        nbytes = nbytes + cache_bytes.table(self.layout, self.menu, self.workload)
         order = np.argsort(np.where(self.offered, nbytes, np.inf), axis=1, kind="stable")
         counts = self.offered.sum(axis=1)
         rows = np.arange(len(order))

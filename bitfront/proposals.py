@@ -80,7 +80,9 @@ def _presets(plan: Plan) -> Iterator[tuple[str, Choice]]:
     offered = plan.offered
     for name, formats in plan.engine.presets(load_config(plan.checkpoint), plan.layout).items():
         choice = offered.argmax(axis=1).astype(np.intp)
-        for u in np.flatnonzero(plan.open_units):
+        largest = np.where(offered, plan.bytes_table, -1).argmax(axis=1)
+        choice[plan.caches] = largest[plan.caches]
+        for u in np.flatnonzero(plan.open_units & ~plan.caches):
             wanted = {formats.get(site.parameter) for site in plan.layout.units[u].stored}
             column = columns.get(wanted.pop() or "") if len(wanted) == 1 else None
             if column is None or not offered[u, column]:

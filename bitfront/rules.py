@@ -77,7 +77,7 @@ def _choices(
         for scheme in schemes
         if scheme not in banned
         and not any(FORMATS[scheme.weight].refusal(site.shape) for site in unit.matrices)
-        and _reads(unit, scheme)
+        and _online(unit, scheme)
     )
     if not fitting:
         but = f", forbidden ones left out ({', '.join(sorted(s.name for s in banned))})"
@@ -88,10 +88,13 @@ def _choices(
     return fitting
 
 
-def _reads(unit: Unit, scheme: Scheme) -> bool:
-    """Whether the layers of a unit can have their inputs quantized like that."""
+def _online(unit: Unit, scheme: Scheme) -> bool:
+    """Whether what a unit reads, or keeps of the past, can be quantized like that as it comes."""
+    from evaluation.caches import keeps
     from quantization.activations import ACTIVATIONS
 
+    if unit.kind == "cache" and not keeps(scheme.weight):
+        return False
     if scheme.activation == FULL_PRECISION:
         return True
     if unit.kind != "linear":  # experts are picked inside their kernels, heads are ours
@@ -117,11 +120,15 @@ def _check_patterns(layout: Layout, menu: Menu) -> None:
 
 
 def few_formats(menu: Menu, columns: Sequence[Scheme]) -> FewFormats | None:
-    """The cap on formats; full precision needs no kernel and isn't counted."""
+    """The cap on formats; full precision needs no kernel and isn't counted, nor what only caches have."""
     if menu.most_formats is None:
         return None
     formats = list(dict.fromkeys(scheme.weight for scheme in columns))
-    of = [-1 if s.weight == FULL_PRECISION else formats.index(s.weight) for s in columns]
+    stored = {name.partition("/")[0] for name in (*menu.schemes, *menu.pinned.values())}
+    of = [
+        -1 if s.weight == FULL_PRECISION or s.weight not in stored else formats.index(s.weight)
+        for s in columns
+    ]
     return FewFormats(np.array(of), menu.most_formats)
 
 
@@ -135,7 +142,7 @@ def changes(
     """
     if not menu.left_alone:
         return None
-    alone = [i for i, s in enumerate(columns) if s.weight == FULL_PRECISION]
+    alone = [i for i, s in enumerate(columns) if s.exact]
     open_ = offered.sum(axis=1) > 1
     able = int((open_ & offered[:, alone].any(axis=1)).sum()) if alone else 0
     wanted = int(np.ceil(menu.left_alone * open_.sum() - 1e-9))

@@ -48,7 +48,8 @@ def operators(
     """
     found = fixed(layout, geometry, workload, phase, cache_bits)
     for index, (unit, scheme) in enumerate(zip(layout.units, schemes, strict=True)):
-        arithmetic = choose_arithmetic(scheme, device, engine)
+        cached = unit.kind == "cache"  # no product has it for a weight
+        arithmetic = "bf16" if cached else choose_arithmetic(scheme, device, engine)
         if arithmetic is None:
             raise DeviceError(
                 f"{engine} has no kernel for {scheme.name} on this device, which unit "
@@ -127,10 +128,11 @@ def costs(
     _check(device, workload, phase)
     found = np.full((len(layout.units), len(menu)), np.inf)
     for column, scheme in enumerate(menu):
-        arithmetic = choose_arithmetic(scheme, device, engine)
-        if arithmetic is None:
-            continue
+        known = choose_arithmetic(scheme, device, engine)
         for row, unit in enumerate(layout.units):
+            arithmetic = "bf16" if unit.kind == "cache" else known
+            if arithmetic is None:
+                continue
             parts = unit_operators(
                 row, unit, scheme, geometry, workload, phase, arithmetic, _separate(engine)
             )

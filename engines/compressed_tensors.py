@@ -137,9 +137,9 @@ class CompressedTensorsFiles(CheckpointTarget):
         return {"quantization_config": config_of(layout, schemes)}
 
     def load(self, export: Export, folder: Path) -> Any:
-        """transformers, or the library alone where there are zero points.
+        """transformers, or the library alone (see `_alone`).
 
-        transformers (5.23) can't place packed zero points: its skeleton has them unpacked.
+        Scales in bfloat16 want a model in bfloat16; those of FP8 are float32, and would be rounded.
 
         Raises:
             ExportError: the library isn't installed.
@@ -150,18 +150,18 @@ class CompressedTensorsFiles(CheckpointTarget):
             )
         assert export.evaluator is not None
         bank = export.evaluator.bank
-        if _has_zeros(export):
+        if _alone(export):
             return load_dense(
                 folder, bank.dtype, trust_remote_code=bank.checkpoint.trust_remote_code
             )
         with redirect_stderr(StringIO()):  # bars
-            model = reload(export, folder, torch.bfloat16)
+            model = reload(export, folder, None if _all_fp8(export) else torch.bfloat16)
             model(torch.zeros((1, 1), dtype=torch.long))  # decompresses, in its first pass
         return model.to(bank.dtype)
 
     def quantizes_inputs(self, export: Export) -> bool:
-        """See `CheckpointTarget.quantizes_inputs`: the library does, with its own arithmetic."""
-        return not _has_zeros(export)
+        """See `CheckpointTarget.quantizes_inputs`: transformers lets the library do it."""
+        return not _alone(export)
 
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
         """How to serve it, or which units vLLM has no kernels for."""
@@ -169,7 +169,7 @@ class CompressedTensorsFiles(CheckpointTarget):
         assert export.evaluator is not None
         units = zip(export.evaluator.bank.layout.units, export.precision_map.schemes, strict=True)
         refused = [unit.name for unit, scheme in units if vllm.unit_refusal(unit, scheme)]
-        loader = "compressed-tensors" if _has_zeros(export) else "transformers"
+        loader = "compressed-tensors" if _alone(export) else "transformers"
         serve = None if refused else "vllm serve DIR"
         return {"serve": serve, "not_in_vllm": refused, "loader": loader}
 
@@ -193,9 +193,26 @@ def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         return values.to(dtype)
 
     return assembled(
-        folder, dtype, value_of, is_plain=lambda t: t.dtype != torch.float8_e4m3fn,
+        folder, dtype, value_of, is_plain=lambda t: t.dtype not in (torch.float8_e4m3fn, torch.int8),
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+
+
+def _all_fp8(export: Export) -> bool:
+    """Whether nothing else is quantized."""
+    schemes = (Scheme(u.scheme.weight, u.scheme.activation) for u in export.precision_map.weights)
+    return all(scheme.exact or scheme.weight.startswith("fp8") for scheme in schemes)
+
+
+def _alone(export: Export) -> bool:
+    """Whether the library unpacks the weights, and the rest is ours.
+
+    transformers (5.23) can't place packed zero points: its skeleton has them unpacked. And the library
+    (0.20) scales integer activations by the largest over 127.5, where vLLM's kernels take 127.
+    """
+    units = export.precision_map.weights
+    active = any(unit.scheme.activation != FULL_PRECISION for unit in units)
+    return _has_zeros(export) or (active and not _all_fp8(export))
 
 
 def _has_zeros(export: Export) -> bool:

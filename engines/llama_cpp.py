@@ -18,13 +18,14 @@ from engines.neutral_map import NeutralMap
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ExportError
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import KEYS, VALUES, Layout, Site
+from quantization.units import KEYS, VALUES, Layout, Site, Unit, cache_slot
 
 if TYPE_CHECKING:
     from engines.gguf_file import Stored
     from evaluation.evaluator import Evaluator
 
 PREFIX = "gguf-"
+CACHE_BLOCK = 32
 LOSSLESS = {"int4-g32": "q4_0", "int8-g32": "q8_0"}
 """Formats of ours that are ggml's blocks in another order, by ggml's name."""
 FILE_NAME, TYPES_NAME = "model.gguf", "tensor-types.txt"
@@ -80,17 +81,34 @@ class LlamaCpp(Declared, Engine):
         return format.stored_type(shape)
 
     def cache_types(self, layout: Layout, schemes: Sequence[Scheme]) -> tuple[str, str]:
-        """Ggml's types of all keys and of all values; float16 where the map doesn't say."""
-        found = {
-            unit.name: LOSSLESS.get(scheme.weight, scheme.weight)
-            for unit, scheme in zip(layout.units, schemes, strict=True)
-            if unit.kind == "cache"
-        }
-        keys, values = (
-            found.get(name, FULL_PRECISION).removeprefix(PREFIX).replace(FULL_PRECISION, "f16")
-            for name in (KEYS, VALUES)
-        )
+        """The types of all keys and of all values; float16 where the map doesn't say.
+
+        Raises:
+            ExportError: layers differ.
+        """
+        found: dict[str, dict[str, str]] = {KEYS: {}, VALUES: {}}
+        for unit, scheme in zip(layout.units, schemes, strict=True):
+            type = LOSSLESS.get(scheme.weight, scheme.weight.removeprefix(PREFIX))
+            for site in unit.sites if unit.kind == "cache" else ():
+                kind = cache_slot(site)[1]
+                found[kind].setdefault("f16" if type == FULL_PRECISION else type, site.name)
+        for types in found.values():
+            if len(types) > 1:
+                (first, one), (second, two), *_ = types.items()
+                raise ExportError(
+                    f"llama.cpp keeps all keys in one type, and all values: {one} is in {first} and "
+                    f"{two} in {second}; search with --engine llama.cpp for maps that it can serve"
+                )
+        keys, values = (next(iter(found[kind]), "f16") for kind in (KEYS, VALUES))
         return keys, values
+
+    def unit_refusal(self, unit: Unit, scheme: Scheme) -> str | None:
+        """See `Rules.unit_refusal`; caches have blocks of 32."""
+        if unit.kind == "cache" and not scheme.exact:
+            wrong = [site for site in unit.sites if site.shape[-1] % CACHE_BLOCK]
+            if wrong:
+                return f"heads of {wrong[0].shape[-1]} numbers don't divide into blocks of {CACHE_BLOCK}"
+        return super().unit_refusal(unit, scheme)
 
     def cache_refusal(self, scheme: Scheme) -> str | None:
         """See `Rules.cache_refusal`; what it stores in another order will do."""
@@ -203,6 +221,7 @@ def stored_tensors(evaluator: "Evaluator", schemes: Sequence[Scheme]) -> Iterato
     bank, engine = evaluator.bank, LlamaCpp()
     check_served(engine, bank.checkpoint, bank.layout, schemes)
     held: dict[str, NDArray[np.uint8]] = {}
+    engine.cache_types(bank.layout, schemes)
     for unit, scheme in zip(bank.layout.units, schemes, strict=True):
         for site in unit.stored:
 

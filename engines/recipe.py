@@ -86,12 +86,13 @@ def matched(arguments: Mapping[str, Any], names: Mapping[str, Mapping[str, Any]]
 
 def _formats(export: Export) -> dict[str, str]:
     """Of each module that is multiplied."""
-    if caches := export.precision_map.caches:
+    quantized = {n: f for n, f in export.precision_map.caches.items() if f != FULL_PRECISION}
+    if quantized:
         raise ExportError(
-            f"this target can't be told of KV caches, as {next(iter(caches))}; export to map, or to "
+            f"this target can't be told of KV caches, as {next(iter(quantized))}; export to map, or to "
             "an engine that keeps them"
         )
-    units = export.precision_map.units
+    units = export.precision_map.weights
     if wrong := [u.name for u in units if u.scheme.activation != FULL_PRECISION]:
         raise ExportError(f"this target can't be told of activations, as of {wrong[0]}")
     found = {site: unit.scheme.weight for unit in units for site in unit.sites}

@@ -7,19 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from evaluation.online import Written, check_finite, straight_through
-from quantization.activations import ACTIVATIONS, rounded
+from evaluation.online import Written, round_online, straight_through
+from quantization.activations import ACTIVATIONS
 from quantization.units import Layout
 
 
 def quantized(states: Tensor, format: str) -> Tensor:
-    """Inputs of a layer (... x width) as its kernel reads them.
-
-    Raises:
-        MeasurementError: NaN or infinity.
-    """
-    check_finite(states, "activations")
-    return rounded(states, ACTIVATIONS[format])
+    """Inputs of a layer (... x width) as its kernel reads them; see `round_online` for errors."""
+    return round_online(states, ACTIVATIONS[format], "activations")
 
 
 class Activations:

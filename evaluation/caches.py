@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from evaluation.online import Written, check_finite, straight_through
-from quantization.activations import rounded
+from evaluation.online import Written, round_online, straight_through
+from quantization.activations import by_rows
 from quantization.errors import MeasurementError
 from quantization.formats import FORMATS
 from quantization.units import KEYS, VALUES, Layout, Slot
@@ -31,15 +31,15 @@ ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 
 def quantized(rows: Tensor, format: str) -> Tensor:
-    """`rows` (... x width) as a cache of that format gives them back.
-
-    Raises:
-        MeasurementError: NaN or infinity, or what the format can't hold.
-    """
-    check_finite(rows, "keys or values")
+    """`rows` (... x width) as a cache of that format gives them back; see `round_online` for errors."""
     if format in CAST:
         return rows.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).to(rows.dtype)
-    return rounded(rows, FORMATS[format])
+    return round_online(rows, FORMATS[format], "keys or values")
+
+
+def keeps(format: str) -> bool:
+    """Whether a cache can be kept in it: row by row, or cast."""
+    return format in CAST or by_rows(FORMATS[format])
 
 
 class Caches:

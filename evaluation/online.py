@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantization.errors import MeasurementError
+from quantization.activations import rounded
+from quantization.errors import MeasurementError, QuantizationError
+from quantization.formats import Format
 
 
 class Written(NamedTuple):
@@ -21,10 +23,20 @@ class Written(NamedTuple):
     kept: Tensor
 
 
-def check_finite(states: Tensor, what: str) -> None:
-    """Raise `MeasurementError` for NaN and infinity, which no scale holds."""
-    if not bool(states.isfinite().all()):
-        raise MeasurementError(f"NaN or infinity in the {what} of a candidate; try --dtype float32")
+def round_online(states: Tensor, format: Format, what: str) -> Tensor:
+    """States as a format gives them back.
+
+    Raises:
+        MeasurementError: NaN, infinity, or numbers that no scale of the format reaches: the candidate
+            is broken, and others aren't.
+    """
+    try:
+        return rounded(states, format)
+    except QuantizationError as error:
+        raise MeasurementError(
+            f"{what} of a candidate can't be kept in {format.name} ({error}); if others fail, too, "
+            "try --dtype float32"
+        ) from error
 
 
 def straight_through(states: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:

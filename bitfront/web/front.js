@@ -36,7 +36,6 @@ export function frontPanel(state) {
   let names = "";
   state.on(["front"], () => {
     const found = known(state.front.points);
-    if (!names) view.x = sizeOf(state.front.points);
     if (names === found.join()) return;
     names = found.join();
     put(bar, axes(view, found, draw));
@@ -88,16 +87,12 @@ function logTick(view, which, draw) {
   return box;
 }
 
-/** What budgets count: weights, and the KV cache with them where the job chose its formats. */
-const sizeOf = (points) =>
-  points.some((p) => p.cache_bytes !== undefined) ? "memory_bytes" : "weight_bytes";
-
 /** What is drawn: data and layout. */
 function drawing(state, view, box) {
   const { points } = state.front;
   const [qx, qy] = [QUANTITIES[view.x], QUANTITIES[view.y]];
   const drawn = points.filter((p) => has(view.x, p) && has(view.y, p));
-  const usual = view.x === sizeOf(points) && view.y === "kl";
+  const usual = view.x === "weight_bytes" && view.y === "kl";
   // in the plane that the search looks at, the API says what is on the front
   const on = usual
     ? drawn.filter((p) => p.on_front).sort((p, q) => qx.of(p) - qx.of(q))
@@ -127,7 +122,9 @@ function drawing(state, view, box) {
     marks(state, drawn, at),
   ].filter((one) => one && one.x.length);
   const narrow = box.clientWidth < 520;
-  const named = (q, unit) => (narrow ? q.name : q.title) + (unit ? `, ${unit}` : "");
+  const cached = points.some((p) => p.cache_bytes !== undefined);
+  const whole = (q) => (q === QUANTITIES.weight_bytes && cached ? "weights and KV cache" : q.title);
+  const named = (q, unit) => (narrow ? q.name : whole(q)) + (unit ? `, ${unit}` : "");
   const layout = {
     height: heightOf(),
     xaxis: axis(named(qx, ux), view.logx),

@@ -11,7 +11,7 @@ export const QUANTITIES = {
   weight_bytes: {
     name: "weight bytes",
     title: "model weights",
-    of: (p) => p.weight_bytes,
+    of: (p) => p.size_bytes ?? p.weight_bytes + (p.cache_bytes ?? 0), // what budgets count
     show: bytes,
     parse: parseBytes,
     scale: size,
@@ -122,7 +122,9 @@ export function best(points, limits) {
   const fits = (p) => asked.every(([name, limit]) => has(name, p) && QUANTITIES[name].of(p) <= limit);
   const order =
     limits.kl !== null && limits.kl !== undefined ? ["weight_bytes", "kl"] : ["kl", "weight_bytes"];
-  const found = points.filter(fits).sort((p, q) => p[order[0]] - q[order[0]] || p[order[1]] - q[order[1]]);
+  const by = (name) => (p, q) => QUANTITIES[name].of(p) - QUANTITIES[name].of(q);
+  const [first, second] = order.map(by);
+  const found = points.filter(fits).sort((p, q) => first(p, q) || second(p, q));
   return found.length ? { point: found[0] } : { why: whyNone(points, asked) };
 }
 

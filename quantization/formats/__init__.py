@@ -38,4 +38,4 @@ def _register() -> None:
 
 _register()
 
-__all__ = ["FORMATS", "Format", "Grid", "Packed", "ScalarFormat"]
+__all__ = ["FORMATS", "BFloat16", "Format", "Grid", "Packed", "ScalarFormat"]

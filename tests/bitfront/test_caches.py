@@ -241,8 +241,8 @@ def test_rules_by_kind_and_by_name(tiny_folders):
         folder, menu="gguf-q8_0,bf16",
         **{"menu.cache": ["bf16", "int8-g32"], "serving.engine": "llama.cpp", "serving.batch": 1},
     )  # fmt: skip
-    units = make_plan(shared).layout.units
-    assert [u.name for u in units if u.kind == "cache"] == ["k_cache", "v_cache"]
+    with pytest.raises(BitfrontError, match="k_cache: heads of 16 numbers don't divide"):
+        make_plan(shared)
 
 
 def test_the_command_takes_a_menu_for_the_cache(bitfront_command, tiny_folders):
@@ -265,3 +265,86 @@ def test_rules_in_a_file_go_with_the_presets_schemes(tmp_path):
     assert config.menu.cache == ("bf16", "int8-g32")
     assert "int4-g32" in config.menu.schemes
     assert caching.FULL_CACHE_BITS == 16
+
+
+def test_the_best_of_an_audit_of_weights_is_no_default_here(tmp_path, tiny_folders):
+    """It was judged on the same formats, and knows nothing of caches."""
+    from store.queries import update_job
+
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    folder = tiny_folders("llama")
+    names = "int4-g32,int8-g32,bf16"
+    weights = make_plan(small_config(folder, menu=names))
+    job = run_search(weights, store, InProcessPool, Silent())
+    judged = [{"name": name} for name in ("fisher", "fisher-quantized", "gradient")]
+    audit = {"estimators": judged, "default": "gradient", "audited_at": "2026-01-01"}
+    update_job(store, job, facts={"audit": audit})
+    auto = {"menu": names, "estimators": ["auto"]}
+    assert settled(make_plan(small_config(folder, **auto)), store).config.estimators == (
+        "gradient",
+    )
+    both = {**auto, "menu.cache": ["int4-g32", "int8-g32", "bf16"]}
+    assert (
+        "gradient" not in settled(make_plan(small_config(folder, **both)), store).config.estimators
+    )
+
+
+def test_rules_of_a_menu_are_of_weights(tiny_folders):
+    """A cap on formats leaves caches out, and full precision is exact inputs, too."""
+    folder = tiny_folders("llama")
+    given = config_of(folder).model_dump()
+    given["menu"] |= {
+        "schemes": ["int4-g32", "int8-g32", "bf16/int8-token", "bf16"], "most_formats": 1,
+        "left_alone": 0.25,
+    }  # fmt: skip
+    plan = make_plan(type(config_of(folder)).model_validate(given))
+    few = plan.problem(plan.bytes_table.astype(float)).few
+    of = dict(zip((s.name for s in plan.menu), few.of.tolist(), strict=True))
+    assert of["int8-channel"] == of["bf16"] == -1
+    assert len({of["int4-g32"], of["int8-g32"]} - {-1}) == 2
+    table, _ = plan.changes
+    columns = {s.name: i for i, s in enumerate(plan.menu)}
+    inside = next(u for u, unit in enumerate(plan.layout.units) if unit.kind == "linear")
+    assert table[inside, columns["bf16"]] == 0
+    assert table[inside, columns["bf16/int8-token"]] == 1
+
+
+def test_a_transform_is_tuned_to_a_format_of_weights(tiny_folders):
+    plan = make_plan(config_of(tiny_folders("llama"), transform="awq"))
+    assert plan.folding.format in ("int4-g32", "int8-g32")
+
+
+def test_pairs_are_of_weights(done):
+    from bitfront.interacting import _chosen
+
+    _, _, plan = done
+    units, columns = _chosen(plan, plan.bytes_table.astype(float), 3)
+    assert len(units) == 3
+    assert not any(plan.caches[u] for u in units)
+    assert {plan.menu[c].name for c in columns} <= {"int4-g32", "int8-g32"}
+
+
+def test_a_recipe_takes_a_map_whose_cache_is_left_alone(done, tmp_path):
+    store, front, _ = done
+    point = next(p for p in front.points if "KV bf16" in front.candidates[p.id].origin)
+    [written] = export_point(
+        store, front, point.id, ["llm-compressor"], tmp_path / "r", force=False
+    )
+    assert written["modules"] == 2 * 7 + 1
+
+
+def test_analytical_times_of_caches(tiny_folders):
+    """No kernel of weights is asked for; what is read counts with its bytes."""
+    from bitfront.serving import analytical_times
+    from cost_models.devices import load_device
+    from engines import load_engine
+
+    plan = make_plan(config_of(tiny_folders("llama")))
+    times = analytical_times(
+        load_device("mi300x"), load_engine("vllm"), plan.original, plan.layout, plan.menu,
+        Workload(1, 4096),
+    )  # fmt: skip
+    row = int(np.flatnonzero(plan.caches)[0])
+    columns = {s.name: i for i, s in enumerate(plan.menu)}
+    cells = times.tables_s["decode"][row]
+    assert cells[columns["int4-channel"]] < cells[columns["int8-channel"]] < cells[columns["bf16"]]

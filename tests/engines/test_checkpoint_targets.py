@@ -22,6 +22,7 @@ from engines.packed_checkpoint import load_packed
 from engines.regular import named
 from engines.reload import check_served, predicted_bytes
 from evaluation.evaluator import Evaluator
+from quantization.activations import ACTIVATIONS
 from quantization.adapter import describe
 from quantization.errors import ExportError, ModelError
 from quantization.formats import FORMATS
@@ -298,7 +299,9 @@ def test_torchaos_patterns_and_its_usual_configuration_are_read():
 def test_every_declared_pattern_names_a_format():
     for name in ("vllm", "compressed-tensors", "torchao", "gptq", "mlx", "llama.cpp"):
         for served in load_engine(name).runtime.formats:
-            known = [f for f in FORMATS if served.matches(Scheme(f))]
+            read = served.formats.partition("/")[2] or "bf16"
+            assert read == "bf16" or read in ACTIVATIONS, f"{name}: {read} is no activation format"
+            known = [f for f in FORMATS if served.matches(Scheme(f, read))]
             assert known, f"{name}: {served.formats} stands for nothing"
 
 
@@ -374,7 +377,8 @@ def test_activations_are_quantized_by_what_loads_it(llama, tmp_path, name, menu)
     target = load_target(name)
     target.write(export, tmp_path)
     found = target.check(export, tmp_path)
-    assert found["reloaded_kl"] == pytest.approx(export.measured_kl, rel=0.02, abs=5e-5)
+    # the library multiplies codes by scales in bfloat16
+    assert found["reloaded_kl"] == pytest.approx(export.measured_kl, rel=0.02, abs=1e-4)
     weights = [Scheme(unit.scheme.weight) for unit in export.precision_map.units]
     alone = [export.evaluator.measure(weights, ids) for ids in CHUNKS]
     without = sum(loss.kl_sum for loss in alone) / sum(loss.tokens for loss in alone)

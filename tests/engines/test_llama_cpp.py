@@ -319,3 +319,18 @@ def test_mixtures_that_llama_cpp_computes_otherwise_are_refused(tmp_path):
         folder = save_tiny("qwen3_moe", tmp_path / next(iter(more)), **more)
         with pytest.raises(ExportError, match=why):
             LLAMA.check(load_config(resolve(str(folder))))
+    narrow = Unit("k_cache", "cache", (Site("model.layers.0.k_cache", "", (2, 80)),))
+    assert "don't divide into blocks of 32" in LLAMA.unit_refusal(narrow, Scheme("int8-g32"))
+    assert LLAMA.unit_refusal(narrow, Scheme("bf16")) is None
+
+
+def test_caches_of_layers_are_one_type_or_refused(llama):
+    """A job without an engine decides them apart."""
+    layout = describe(llama).with_caches("apart")
+    schemes = [
+        Scheme("gguf-q8_0" if unit.name.endswith("k_cache") else "bf16") for unit in layout.units
+    ]
+    assert LLAMA.cache_types(layout, schemes) == ("q8_0", "f16")
+    schemes[-2] = Scheme("gguf-q4_0")
+    with pytest.raises(ExportError, match="all keys in one type"):
+        LLAMA.cache_types(layout, schemes)

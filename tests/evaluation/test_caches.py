@@ -6,8 +6,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from evaluation.assembly import AssembledModel
-from evaluation.caches import Caches, Written, quantized
+from evaluation.caches import Caches, keeps, quantized
 from evaluation.evaluator import Evaluator
+from evaluation.online import Written
 from evaluation.passes import Passes
 from quantization.adapter import describe
 from quantization.bank import Bank
@@ -147,14 +148,26 @@ def test_gradients_go_straight_through(make_bank):
     )
 
 
-@pytest.mark.parametrize("name", ["int4-channel", "fp8-e4m3", "gguf-q8_0", "int8-g32", "nf4-g32"])
+ADMITTED = [name for name in FORMATS if keeps(name) and not FORMATS[name].refusal((2, 32))]
+
+
+@pytest.mark.parametrize("name", ADMITTED)
 def test_rows_are_quantized_by_themselves(name):
-    """Else a token's past would depend on its future."""
-    states = torch.randn(1, 2, 9, 32, generator=torch.Generator().manual_seed(2))
+    """Of every format that a cache may have: else a token's past would depend on its future."""
+    states = torch.randn(1, 2, 3, 32, generator=torch.Generator().manual_seed(2))
+    states[0, :, 1] *= 30
     whole = quantized(states, name)
-    alone = torch.cat([quantized(states[:, :, t : t + 1], name) for t in range(9)], dim=2)
+    alone = torch.cat([quantized(states[:, :, t : t + 1], name) for t in range(3)], dim=2)
     assert torch.equal(whole, alone)
-    assert FORMATS[name].refusal((2, 32)) is None
+
+
+def test_formats_that_mix_tokens_are_no_caches():
+    """Tensor scales, tiles, picked columns and outliers, importance."""
+    for name in ("nvfp4", "int8-g32-fp8", "fp8-e5m2", "fp8-e4m3-b128", "int4-g64@0.45%",
+                 "owq-int3-g64@1%", "fgmp@30%", "mixllm-int4-g64-asym@10%", "gguf-iq2_xxs",
+                 "squeezellm4"):  # fmt: skip
+        assert not keeps(name), name
+    assert {"int4-g32", "int8-channel", "fp8-e4m3", "gguf-q8_0", "nf4-g32", "mxfp8"} < {*ADMITTED}
 
 
 def test_bytes_are_those_of_the_packed_rows():
@@ -213,6 +226,10 @@ def test_attentions_that_take_no_cache_are_refused(make_bank):
         Caches(torch.nn.Linear(2, 2)).check(layout)
 
 
-def test_infinite_keys_are_named():
-    with pytest.raises(MeasurementError, match="NaN or infinity in the keys or values"):
-        quantized(torch.full((1, 1, 1, 32), torch.inf), "int8-g32")
+@pytest.mark.parametrize(
+    ("value", "name"), [(torch.inf, "int8-g32"), (3e7, "int4-g32"), (1e9, "gguf-q8_0")]
+)
+def test_what_no_scale_reaches_is_a_broken_candidate(value, name):
+    """A measurement fails, and a job goes on."""
+    with pytest.raises(MeasurementError, match="keys or values of a candidate can't be kept in"):
+        quantized(torch.full((1, 1, 1, 32), value), name)

@@ -24,7 +24,7 @@ from bitfront.console import errors
 from bitfront.fronts import losses
 from bitfront.measuring import measure
 from bitfront.pipeline import open_planned, spec_of
-from bitfront.plan import make_plan, settled
+from bitfront.plan import make_plan
 from bitfront.profiling import Profile, time_maps
 from bitfront.progress import Lines
 from bitfront.proposals import candidate_of
@@ -32,6 +32,7 @@ from bitfront.run import Run
 from bitfront.scoring import score
 from bitfront.searching import open_pool
 from bitfront.serving import measured_times, timed
+from bitfront.settling import settled
 from cost_models import weight_bytes
 from cost_models.measured import Ratio
 from cost_models.memory import PHASES, Phase

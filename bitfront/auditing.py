@@ -21,12 +21,13 @@ from bitfront.plan import Plan
 from bitfront.progress import Progress
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT, Scores, experts_seen, forecast_bytes, score
+from bitfront.uniforms import uniform_maps
 from cost_models import weight_bytes
 from evaluation.arithmetic import memory_bytes
 from quantization.errors import MeasurementError
 from quantization.precision_map import map_hash
 from search.audit import EQUAL, EQUAL_NEAR, FLIPS, MIXED, Maps, Verdict, judge, null_arms, totals
-from search.controls import random_exactly, random_walk, uniform
+from search.controls import random_exactly, random_walk
 from search.problem import Problem
 from search.statistics import Interval
 from sensitivity import ESTIMATORS
@@ -77,11 +78,6 @@ def run_audit(
     """Audit the estimators on a planned job; the job has `audit` among its facts then."""
     for name in options.estimators:
         ESTIMATORS[name]
-    if plan.online:
-        raise ConfigError(
-            "audits are of estimators of weights, and this job chooses formats of its KV cache or "
-            "activations, too; audit a job of the same model without"
-        )
     job = open_planned(plan, store)
     # those of an earlier audit cost nothing, and the best should be the best of all
     known = [e["name"] for e in job.facts.get("audit", {}).get("estimators", ())]
@@ -118,6 +114,9 @@ def _scores(run: Run, names: Sequence[str]) -> tuple[dict[str, Scores], dict[str
     """
     scores, unable = {}, {}
     for name in names:
+        if run.plan.online and not ESTIMATORS[name].online:
+            unable[name] = f"{name} knows nothing of KV caches and activations; it was left out"
+            continue
         needed, there = _most_bytes(run.plan, name), memory_bytes()
         if needed > there:
             unable[name] = (
@@ -164,7 +163,7 @@ def _draw(plan: Plan, problem: Problem, options: AuditOptions) -> list[Drawn]:
     found: list[Drawn] = []
     reference = len(plan.menu)
     rows, columns = np.nonzero(plan.offered & plan.open_units[:, None])
-    lossy = [i for i, c in enumerate(columns) if plan.menu[c].weight != "bf16"]
+    lossy = [i for i, c in enumerate(columns) if not plan.menu[c].exact]
     for i in generator.permutation(lossy)[: options.flips]:
         choice = np.full(len(plan.offered), reference, dtype=np.intp)
         choice[rows[i]] = columns[i]
@@ -193,7 +192,7 @@ def _near(
 ) -> Choice:
     """A random map of a size: some exchanges (any number) away from the nearest uniform map."""
     near = min(
-        _uniforms(plan).values(),
+        _uniforms(plan),
         key=lambda c: abs(problem.total_cost(c, weight_bytes.RESOURCE) - nbytes),
         default=None,
     )
@@ -204,7 +203,7 @@ def _near(
 
 
 def _uniform_bits(plan: Plan) -> list[float]:
-    bits = sorted({plan.average_bits(choice) for choice in _uniforms(plan).values()})
+    bits = sorted({plan.average_bits(choice) for choice in _uniforms(plan)})
     if len(bits) < 2:
         raise ConfigError(
             "an audit needs two uniform maps to draw between, and this menu has "
@@ -267,10 +266,8 @@ def _interactions(run: Run, scores: Scores, count: int) -> dict[str, Any] | None
     }
 
 
-def _uniforms(plan: Plan) -> dict[int, Choice]:
-    problem = plan.problem(np.zeros(plan.bytes_table.shape))
-    found = {column: uniform(problem, column) for column in range(len(plan.menu))}
-    return {column: choice for column, choice in found.items() if choice is not None}
+def _uniforms(plan: Plan) -> list[Choice]:
+    return list(uniform_maps(plan, plan.problem(np.zeros(plan.bytes_table.shape))).values())
 
 
 def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem) -> dict[str, Any]:
@@ -318,7 +315,7 @@ def _document(run: Run, scores: dict[str, Scores], maps: Maps, problem: Problem)
 
 def _by_bits_alone(plan: Plan) -> NDArray[np.float64]:
     """What a table would be that knows a unit's size and a scheme's bits, and nothing else."""
-    numel = np.array([[unit.numel] for unit in plan.layout.units])
+    numel = plan.numbers[:, None]
     table = numel * 4.0 ** (-8 * plan.bytes_table / numel)
     return np.column_stack([np.where(plan.offered, table, 0.0), np.zeros(len(numel))])
 

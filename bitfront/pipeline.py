@@ -15,7 +15,7 @@ from bitfront.budgets import sharing_in, working_bytes
 from bitfront.fronts import INTERACTIONS, is_later, losses
 from bitfront.interacting import PAIRS, interact
 from bitfront.measuring import REFERENCE, OpenPool, measure, measure_reference, sharing, values
-from bitfront.plan import Plan, settled
+from bitfront.plan import Plan
 from bitfront.profiling import MAP_WEIGHT
 from bitfront.progress import Clocked, Progress
 from bitfront.proposals import choice_of, propose
@@ -23,6 +23,7 @@ from bitfront.refining import REFINE, SLOPES_WEIGHT, refine, starts_of
 from bitfront.resolving import keep_tables
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT, experts_seen, score
+from bitfront.settling import settled
 from bitfront.timing import FINALISTS, check_times, corrected, with_times
 from quantization.errors import BitfrontError, MeasurementError
 from search.calibration import Calibration, fit_gain

@@ -17,7 +17,6 @@ from bitfront.budgets import budgets
 from bitfront.config import (
     AUTO,
     DEMO,
-    UNPROVEN,
     ConfigError,
     JobConfig,
     RefinementConfig,
@@ -44,8 +43,7 @@ from quantization.units import Layout
 from search.problem import Problem
 from search.strategies import check_strategy
 from sensitivity import ESTIMATORS, menu
-from store.database import Store
-from store.queries import audited_job, key_of
+from store.queries import key_of
 from store.tables import Job, Model
 
 MEMORY_SHARE = 0.5
@@ -128,16 +126,19 @@ class Plan:
         return int(pinned.sum()) + self.other_bytes
 
     @property
+    def numbers(self) -> NDArray[np.int64]:
+        """How many numbers each unit holds: weights, or keys and values at the job's workload."""
+        workload = serving.workload_of(self.config.serving)
+        found = [
+            unit.numel or cache_bytes.unit_numbers(unit, self.layout, workload)
+            for unit in self.layout.units
+        ]
+        return np.array(found)
+
+    @property
     def quantizable_numel(self) -> int:
         """Weights of the units that the search decides, and numbers of the caches among them."""
-        workload = serving.workload_of(self.config.serving)
-        return sum(
-            cache_bytes.unit_numbers(unit, self.layout, workload)
-            if unit.kind == "cache"
-            else unit.numel
-            for unit, is_open in zip(self.layout.units, self.open_units, strict=True)
-            if is_open
-        )
+        return int(self.numbers[self.open_units].sum())
 
     def problem(self, loss: NDArray[np.float64]) -> Problem:
         """The allocation problem under a loss table."""
@@ -292,50 +293,6 @@ def make_plan(config: JobConfig) -> Plan:
         plan, budgets=budgets(plan), imatrix=_imported(config, plan), packed=_packed(config, plan)
     )
     return _transformed(plan, config.transform) if config.transform else plan
-
-
-def settled(plan: Plan, store: Store) -> Plan:
-    """The plan with what `auto` stands for among its estimators, and why."""
-    if plan.online:
-        plan = _scoring_online(plan)
-    if AUTO not in plan.config.estimators:
-        return plan
-    names = [scheme.name for scheme in plan.menu]
-    known = audited_job(store, plan.checkpoint.weights_hash, plan.quantizer, names)
-    if known:  # the best of a few that left out the usual ones is no default
-        judged = {entry["name"] for entry in known.facts["audit"]["estimators"]}
-        known = known if judged.issuperset(UNPROVEN) else None
-    if known and plan.online and not ESTIMATORS[known.facts["audit"]["default"]].online:
-        known = None  # it was the best for weights alone
-    found: tuple[str, ...] = UNPROVEN
-    evidence = None
-    why = "this model was never audited with this menu; `bitfront audit` finds its best"
-    if known:
-        found, why = (known.facts["audit"]["default"],), f"the best of the audit of job {known.id}"
-        evidence = {"job": known.id, **known.facts["audit"]}
-    places = [found if name == AUTO else (name,) for name in plan.config.estimators]
-    estimators = tuple(dict.fromkeys(name for place in places for name in place))
-    config = plan.config.model_copy(update={"estimators": estimators})
-    because = f"{AUTO}: {' and '.join(found)}, {why}"
-    return replace(plan, config=config, because=because, evidence=evidence)
-
-
-def _scoring_online(plan: Plan) -> Plan:
-    """Without the estimators that know nothing of KV caches and activations.
-
-    Raises:
-        ConfigError: none is left.
-    """
-    wanted = plan.config.estimators
-    able = tuple(name for name in wanted if name == AUTO or ESTIMATORS[name].online)
-    if not able:
-        known = ", ".join(name for name in ESTIMATORS if ESTIMATORS[name].online)
-        raise ConfigError(
-            f"{', '.join(wanted)} can't score KV caches and activations, whose formats this job "
-            "chooses; give "
-            f"--estimators {known.split(', ')[0]}, or others of {known}"
-        )
-    return replace(plan, config=plan.config.model_copy(update={"estimators": able}))
 
 
 def plan_again(job: Job, model: Model) -> Plan:

@@ -15,8 +15,9 @@ from bitfront.console import errors, front_table, print_json, print_table
 from bitfront.documents import front_document
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import Plan, make_plan, plan_again, settled
+from bitfront.plan import Plan, make_plan, plan_again
 from bitfront.progress import Lines, RichProgress
+from bitfront.settling import settled
 from bitfront.sizes import show_bytes
 from bitfront.uniforms import uniform_maps
 from store.database import Store

@@ -25,6 +25,7 @@ from engines.checkpoint_files import assembled
 from engines.checkpoint_target import CheckpointTarget
 from engines.declared import Declared
 from engines.reload import reload
+from engines.vllm_caches import cache_flags, layer_caches
 from engines.words import as_words, word_bytes
 from quantization.errors import ExportError
 from quantization.formats import FORMATS, Packed
@@ -170,7 +171,9 @@ class CompressedTensorsFiles(CheckpointTarget):
         units = zip(export.evaluator.bank.layout.units, export.precision_map.schemes, strict=True)
         refused = [unit.name for unit, scheme in units if vllm.unit_refusal(unit, scheme)]
         loader = "compressed-tensors" if _alone(export) else "transformers"
-        serve = None if refused else "vllm serve DIR"
+        layout, schemes = export.evaluator.bank.layout, export.precision_map.schemes
+        flags = cache_flags(layer_caches(layout, schemes))
+        serve = None if refused else f"vllm serve DIR{flags}"
         return {"serve": serve, "not_in_vllm": refused, "loader": loader}
 
 
@@ -224,10 +227,8 @@ def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
     """The checkpoint's `quantization_config`: a group a format, its matrices by their names."""
     groups: dict[Scheme, list[str]] = {}
     ignored: list[str] = []
-    caches = set()
     for unit, scheme in zip(layout.units, schemes, strict=True):
         if unit.kind == "cache":
-            caches.add(scheme.weight)
             continue
         names = [site.name for site in unit.sites]
         if scheme.exact:
@@ -251,18 +252,16 @@ def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
         "format": kinds.pop() if len(kinds) == 1 else MIXED,
         "config_groups": found,
         "ignore": [*ignored, *(kept.name for kept in layout.kept)],
-        "kv_cache_scheme": _cache_scheme(caches),
+        "kv_cache_scheme": _cache_scheme(layer_caches(layout, schemes)),
     }
 
 
-def _cache_scheme(formats: set[str]) -> dict[str, Any] | None:
-    """The one of all layers; without scales in the checkpoint, as here, runtimes take 1."""
-    if len(formats) > 1:
-        raise ExportError(
-            f"compressed-tensors keeps the whole KV cache in one format, not {sorted(formats)}"
-        )
-    quantized = formats - {FULL_PRECISION}
-    return arguments_of(quantized.pop()) if quantized else None
+def _cache_scheme(caches: Mapping[int, str]) -> dict[str, Any] | None:
+    """Of all layers, if they are alike; without scales in the checkpoint, as here, runtimes take 1."""
+    formats = set(caches.values())
+    if len(formats) != 1 or formats == {FULL_PRECISION}:
+        return None
+    return arguments_of(formats.pop())
 
 
 def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:

@@ -24,9 +24,9 @@ EXPERTS_PER_TOKEN = (
 Slot = tuple[int, str]
 """Where a layer's past is kept: its index, and `KEYS` or `VALUES`."""
 UnitKind = Literal["linear", "experts", "embedding", "head", "cache"]
-CacheSharing = Literal["apart", "kinds", "all"]
-"""What of a KV cache has one format: each layer's keys and values apart, all keys and all values,
-or everything."""
+CacheSharing = Literal["apart", "layers", "kinds", "all"]
+"""What of a KV cache has one format: each layer's keys and values apart, each layer's together, all
+keys and all values, or everything."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,18 @@ class Layout:
         if sharing == "apart":
             found = [Unit(site.name, "cache", (site,), block) for block, _, site in sites]
             return replace(self, units=(*self.units, *found))
+        if sharing == "layers":
+            of_layer = {block: [s for b, _, s in sites if b == block] for block in blocks}
+            return replace(
+                self,
+                units=(
+                    *self.units,
+                    *(
+                        Unit(f"{paths[block]}.kv_cache", "cache", tuple(own), block)
+                        for block, own in of_layer.items()
+                    ),
+                ),
+            )
         of = {"kinds": (KEYS, VALUES), "all": ("kv_cache",)}[sharing]
         groups = {name: [s for _, kind, s in sites if name in (kind, "kv_cache")] for name in of}
         shared = [Unit(name, "cache", tuple(own)) for name, own in groups.items()]

@@ -7,8 +7,9 @@ from bitfront.config import ConfigError
 from bitfront.exporting import export_point
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import make_plan, settled
+from bitfront.plan import make_plan
 from bitfront.progress import Silent
+from bitfront.settling import settled
 from cost_models.devices import load_device
 from cost_models.roofline import choose_arithmetic
 from quantization.schemes import Scheme

@@ -12,9 +12,10 @@ from bitfront.auditing import AuditOptions, run_audit
 from bitfront.config import UNPROVEN
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import make_plan, settled
+from bitfront.plan import make_plan
 from bitfront.progress import Silent
 from bitfront.report import write_report
+from bitfront.settling import settled
 from quantization.errors import MeasurementError
 from sensitivity import ESTIMATORS
 from store.database import Store

@@ -15,8 +15,9 @@ from bitfront.documents import detail_document, front_document
 from bitfront.exporting import export_point
 from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
-from bitfront.plan import make_plan, settled
+from bitfront.plan import make_plan
 from bitfront.progress import Silent
+from bitfront.settling import settled
 from cost_models import cache_bytes
 from cost_models.memory import Workload
 from quantization.errors import BitfrontError, ExportError
@@ -348,3 +349,20 @@ def test_analytical_times_of_caches(tiny_folders):
     columns = {s.name: i for i, s in enumerate(plan.menu)}
     cells = times.tables_s["decode"][row]
     assert cells[columns["int4-channel"]] < cells[columns["int8-channel"]] < cells[columns["bf16"]]
+
+
+def test_an_audit_judges_those_that_know_caches(done, tiny_folders):
+    """Random maps of weights and caches; the others are named, with why."""
+    from bitfront.auditing import AuditOptions, run_audit
+
+    store, _, plan = done
+    options = AuditOptions(
+        estimators=("fisher", "row-fisher", "output-error"), mixed=8, equal=6, flips=6, pairs=0
+    )
+    job = run_audit(plan, store, InProcessPool, Silent(), options)
+    found = job.facts["audit"]
+    assert {entry["name"] for entry in found["estimators"]} == {"fisher", "row-fisher"}
+    assert {"output-error", "weight-error"} <= set(found["unable"])
+    assert found["null_arms"]["weight error alone"] is None
+    mixed = [e["spearman"] for e in found["estimators"]]
+    assert min(mixed) > 0.5

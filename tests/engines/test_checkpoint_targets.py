@@ -21,6 +21,7 @@ from engines.checkpoint_files import tensor_bytes
 from engines.packed_checkpoint import load_packed
 from engines.regular import named
 from engines.reload import check_served, predicted_bytes
+from engines.vllm_caches import cache_flags, layer_caches
 from evaluation.evaluator import Evaluator
 from quantization.activations import ACTIVATIONS
 from quantization.adapter import describe
@@ -395,3 +396,30 @@ def test_activations_are_quantized_by_what_loads_it(llama, tmp_path, name, menu)
         if site in sites
     }
     assert read == wanted
+
+
+def test_vllm_is_told_of_layers_whose_cache_stays(llama):
+    layout = describe(llama).with_caches(load_engine("vllm").cache_sharing)
+    caches = [unit for unit in layout.units if unit.kind == "cache"]
+    assert [unit.name for unit in caches] == [f"model.layers.{i}.kv_cache" for i in range(2)]
+    assert [len(unit.sites) for unit in caches] == [2, 2]
+    plain = [Scheme("bf16")] * (len(layout.units) - 2)
+
+    def flags(*names):
+        schemes = [*plain, *map(Scheme, names)]
+        config = compressed_tensors.config_of(layout, schemes)
+        layers = layer_caches(layout, schemes)
+        return cache_flags(layers), config["kv_cache_scheme"]
+
+    assert flags("bf16", "bf16") == ("", None)
+    said, scheme = flags("fp8-e4m3", "fp8-e4m3")
+    assert said == ""
+    assert scheme["type"] == "float"
+    assert flags("fp8-e4m3", "bf16") == (
+        " --kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 1",
+        None,
+    )
+    apart = describe(llama).with_caches("apart")
+    mixed = [*plain, *map(Scheme, ("fp8-e4m3", "bf16", "bf16", "bf16"))]
+    with pytest.raises(ExportError, match="layer 0 has keys and values in fp8-e4m3 and bf16"):
+        compressed_tensors.config_of(apart, mixed)

@@ -182,10 +182,11 @@ def test_what_has_one_format():
     assert bank_layout == _layout()
     names = {
         sharing: [u.name for u in _layout().with_caches(sharing).units if u.kind == "cache"]
-        for sharing in ("apart", "kinds", "all")
+        for sharing in ("apart", "layers", "kinds", "all")
     }
     assert names["kinds"] == ["k_cache", "v_cache"]
     assert names["all"] == ["kv_cache"]
+    assert names["layers"] == ["model.layers.0.kv_cache", "model.layers.1.kv_cache"]
     assert names["apart"] == [
         f"model.layers.{i}.{kind}" for i in range(2) for kind in (KEYS, VALUES)
     ]

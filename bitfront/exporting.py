@@ -66,6 +66,13 @@ def show(exports: Sequence[dict[str, Any]]) -> Iterator[str]:
                 f"reloaded: KL {written['reloaded_kl']:.5f} nats per token on {written['chunks']} "
                 f"held-out chunks, {written['measured_kl']:.5f} when it was measured"
             )
+        if "top1_agreement" in written:
+            yield (
+                f"perplexity {written['reloaded_perplexity']:.4g} there, "
+                f"{written['measured_perplexity']:.4g} here; the likeliest token is the same for "
+                f"{written['top1_agreement']:.1%}; {written['prompt_tokens_per_s']:.0f} tokens of a "
+                f"prompt a second, {written['generated_tokens_per_s']:.0f} generated"
+            )
         for name in written.get("not_in_vllm", ())[:1]:
             yield f"vLLM has no kernel for {len(written['not_in_vllm'])} units, such as {name}"
         for what in ("serve", "requantize"):

@@ -76,6 +76,13 @@ def _summary(front: Front, point: Point, found: dict[str, Any]) -> str:
             f"- read back by its own loader: KL {found['reloaded_kl']:.5f} on {found['chunks']} "
             f"chunks, where {found['measured_kl']:.5f} was measured"
         )
+    if "top1_agreement" in found:
+        lines.append(
+            f"- perplexity there {found['reloaded_perplexity']:.3f} "
+            f"({found['measured_perplexity']:.3f} as measured), the same likeliest token in "
+            f"{found['top1_agreement']:.1%}; {found['generated_tokens_per_s']:.0f} tokens a second on "
+            "the machine that wrote it"
+        )
     if "modules" in found:
         lines.append(
             "- these figures are of the weights as Bitfront rounded them: this is a recipe, and the "

@@ -178,6 +178,7 @@ class GGUFFile(Target):
     def check(self, export: Export, folder: Path) -> dict[str, Any]:
         """Load with llama.cpp, count bytes, and compare its logits with the unquantized model's."""
         from engines.gguf_file import tensor_bytes
+        from engines.llama_reload import compared
         from engines.reload import predicted_bytes
 
         assert export.evaluator is not None
@@ -189,10 +190,10 @@ class GGUFFile(Target):
         if written != expected:
             raise ExportError(f"the file holds {written:,} bytes of tensors, not {expected:,}")
         caches = LlamaCpp().cache_types(bank.layout, schemes)
-        kl, agreed = _compared(export.evaluator, folder / FILE_NAME, export.chunks, caches)
-        if not agreed and not bank.checkpoint.name.endswith(".gguf"):
+        found = compared(export.evaluator, schemes, folder / FILE_NAME, export.chunks, caches)
+        if not found["tokens_agree"] and not bank.checkpoint.name.endswith(".gguf"):
             raise ExportError("llama.cpp splits text otherwise than the model's own tokenizer")
-        measured = export.measured_kl
+        measured, kl = export.measured_kl, found["reloaded_kl"]
         if not abs(kl - measured) <= TOLERANCE * measured + NOISE_NATS:
             raise ExportError(
                 f"llama.cpp computes a KL of {kl:.5f} nats per token where {measured:.5f} was "
@@ -200,10 +201,9 @@ class GGUFFile(Target):
             )
         return {
             "measured_kl": measured,
-            "reloaded_kl": kl,
+            **found,
             "chunks": len(export.chunks),
             "weight_bytes": written,
-            "tokens_agree": agreed,
             "serve": f"llama-server -m {FILE_NAME}{_cache_flags(caches)}",
             "requantize": _requantize(schemes),
         }
@@ -289,26 +289,3 @@ def _uint8() -> Any:
     import torch
 
     return torch.uint8
-
-
-def _compared(
-    evaluator: "Evaluator", file: Path, chunks: NDArray[np.int64], caches: tuple[str, str]
-) -> tuple[float, bool]:
-    """KL from the unquantized model to llama.cpp on a file, and whether both split text alike."""
-    import torch
-
-    from engines.gguf_tokenizer import agrees
-    from engines.llama_library import LlamaModel
-
-    total = tokens = 0.0
-    length = chunks.shape[1]
-    threads = torch.get_num_threads()
-    with LlamaModel(file, threads, context=length, batch=length, caches=caches) as model:
-        agreed = agrees(model, evaluator.bank.checkpoint)
-        for ids in chunks:
-            found = torch.from_numpy(model.logits(ids)[:-1])
-            wanted = evaluator.reference_logits(ids)[:-1]
-            log_p, log_q = wanted.log_softmax(-1), found[:, : wanted.shape[1]].log_softmax(-1)
-            total += float((log_p.exp() * (log_p - log_q)).sum())
-            tokens += len(found)
-    return total / tokens, agreed

@@ -129,6 +129,13 @@ class Evaluator:
         """Logits of the unquantized model on a chunk, tokens x vocabulary in float32 on the CPU."""
         return self.head.logits(self.reference(ids), self.head.weight).float().cpu()
 
+    @torch.inference_mode()
+    def logits(self, schemes: Sequence[Scheme | None], ids: Ids) -> Tensor:
+        """Logits of a candidate, tokens x vocabulary in float32 on the CPU."""
+        self.model.assign(schemes)
+        q_TH = self.hidden(self.model.module, ids)
+        return self.head.logits(q_TH, self.head.assigned_weight).float().cpu()
+
     def noise_floor(self, ids: Ids) -> float | None:
         """KL in nats per token between float32 and this arithmetic type on a chunk.
 

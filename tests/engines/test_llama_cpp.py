@@ -83,6 +83,10 @@ def test_llama_cpp_computes_what_was_measured(written):
     # activations of 8 bits send a token to another expert now and then
     noise = 0.01 if mixture else 0.003
     assert found["reloaded_kl"] == pytest.approx(export.measured_kl, rel=0.02, abs=noise)
+    assert found["reloaded_perplexity"] == pytest.approx(found["measured_perplexity"], rel=0.02)
+    assert found["top1_agreement"] > (0.75 if mixture else 0.85)
+    assert found["generated_tokens_per_s"] > 0
+    assert found["prompt_tokens_per_s"] > 0
 
 
 def test_the_bytes_are_the_banks_and_their_number_is_predicted(written):
@@ -275,6 +279,7 @@ def test_llama_cpp_keeps_its_cache_as_it_was_measured(tmp_path, keys, values):
     assert kl > 0.005
     kinds = LLAMA.cache_types(layout, schemes)
     assert f"--cache-type-k {kinds[0]}" in found["serve"]
+    assert found["top1_agreement"] > 0.9
     assert ("--flash-attn on" in found["serve"]) == (values != "bf16")
 
 

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from rich.table import Table
 
 from bitfront.config import UNPROVEN
-from bitfront.fronts import few_tokens
+from bitfront.findings import few_tokens
 
 KEYS = ("name", "spearman", "kendall", "spearman_equal_bits", "seconds")
 """Of each estimator in the pinned document."""

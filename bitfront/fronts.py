@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bitfront import caching, latency
+from bitfront.findings import additive, few_tokens
 from cost_models.memory import Sharing
 from quantization.units import Layout
 from search.front import non_dominated
@@ -199,7 +200,7 @@ def load_front(store: Store, job: Job) -> Front:
             *_findings(points, heldout, {c.point: c for c in measured}),
             *(f"Point {c.point} ({c.origin}): {c.failure}." for c in proposed if c.failure),
             *_bought(points, heldout, candidates),
-            *_additive(job.facts.get("interactions")),
+            *additive(job.facts.get("interactions")),
             *latency.remarks(job, points),
             *few_tokens(job.facts.get("experts", ())),
         ),
@@ -273,34 +274,6 @@ def _bought(
                 f"{gap.low:+.2g} to {gap.high:+.2g} nats per token."
             )
     return findings
-
-
-def _additive(interactions: dict[str, Any] | None) -> list[str]:
-    """Whether pairs were measured, and how far sums were off."""
-    if not interactions or interactions["residual"] is None:
-        return []
-    off = f"Predictions by sums are off by {exp(interactions['residual']) - 1:.0%}"
-    if "units" not in interactions:
-        return [f"{off}: no pairs of units were measured."]
-    excess = ", ".join(
-        f"{scheme} {share:+.0%}"
-        for scheme, share in zip(interactions["schemes"], interactions["excess"], strict=True)
-    )
-    told = (
-        f"{off}, so the pairs of {len(interactions['units'])} units were measured: what two cost "
-        f"beyond their sum is {excess}; {interactions['maps']} maps came of it."
-    )
-    return [told]
-
-
-def few_tokens(experts: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each unit some of whose experts saw little of the calibration text."""
-    return [
-        f"{entry['unit']}: {entry['few']} of {len(entry['tokens'])} experts saw few tokens "
-        f"(least {min(entry['tokens']):.0f}); their estimates lean on their siblings'."
-        for entry in experts
-        if entry["few"]
-    ]
 
 
 def _compare(ours: Point, control: Point, name: str, heldout: dict[str, MapLoss]) -> str:

@@ -347,7 +347,7 @@ def test_without_a_transform_keys_are_what_they_were(done):
     new = dict.fromkeys(
         ("transform", "imatrix", "bank", "refinement", "interactions", "serving"), True
     )
-    new_in_menu = {"forbidden", "most_formats", "left_alone"}
+    new_in_menu = {"forbidden", "most_formats", "left_alone", "cache"}
     config = plan.config.model_dump(mode="json", exclude={**new, "menu": new_in_menu})
     named = {"model", "revision", "texts", "dtype"}
     old = json.dumps({k: v for k, v in config.items() if k not in named}, separators=(",", ":"))

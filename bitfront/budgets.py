@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bitfront import serving
-from bitfront.config import ConfigError
+from bitfront.config import MOST_BYTES, ConfigError
 from bitfront.uniforms import uniform_maps
 from cost_models import weight_bytes
 from cost_models.geometry import geometry_of
@@ -45,6 +45,16 @@ def budgets(plan: "Plan") -> tuple[int, ...]:
     for budget in wanted:
         if budget < smallest:
             bits = 8 * (smallest - fixed) / plan.quantizable_numel
+            if plan.caches.any():
+                load = plan.config.serving
+                cache = plan.bytes_table[plan.caches].min(
+                    axis=1, initial=MOST_BYTES, where=plan.offered[plan.caches]
+                )
+                raise InfeasibleBudgetError(
+                    f"no map fits into {budget:,} bytes of weights and KV cache: the smallest has "
+                    f"{smallest:,}, of which {int(cache.sum()):,} are a cache of {load.batch} x "
+                    f"{load.context} tokens; raise the budget, lower --context, or add smaller formats"
+                )
             raise InfeasibleBudgetError(
                 f"no map fits into {budget:,} weight bytes: the smallest has {smallest:,} "
                 f"({bits:.4g} bits on average; {fixed:,} of the bytes are pinned to full "

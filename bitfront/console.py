@@ -36,7 +36,8 @@ def front_table(front: Mapping[str, Any]) -> Table:
     )
     points = front["points"]
     timed = any(p["times"] for p in points)
-    for name in ("point", "bits", "size", "KL, nats/token (95 %)", "perplexity", "predicted"):
+    size = "with KV cache" if any("cache_bytes" in p for p in points) else "size"
+    for name in ("point", "bits", size, "KL, nats/token (95 %)", "perplexity", "predicted"):
         table.add_column(name, justify="right")
     for name in ("a token", "prompt") if timed else ():
         table.add_column(name, justify="right")

@@ -163,7 +163,8 @@ def _findings(front: Front) -> str:
 
 
 def _table(front: Front) -> str:
-    head = ("point", "bits", "size", "KL", "95 %", "perplexity", "predicted KL", "search KL",
+    cached = any(point.cache_bytes is not None for point in front.points)
+    head = ("point", "bits", "with KV cache" if cached else "size", "KL", "95 %", "perplexity", "predicted KL", "search KL",
             "schemes", "what")  # fmt: skip
     rows = "".join(_table_row(front, point) for point in front.points)
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{rows}</table>"

@@ -27,6 +27,7 @@ def choices(
     _check_patterns(layout, menu)
     schemes = [Scheme.parse(name) for name in dict.fromkeys(menu.schemes)]
     pasts = [Scheme.parse(name) for name in dict.fromkeys(menu.cache)]
+    _check_caches(pasts)
     pins = {pattern: Scheme.parse(name) for pattern, name in menu.pinned.items()}
     bans = {p: {Scheme.parse(name) for name in names} for p, names in menu.forbidden.items()}
     found = tuple(
@@ -34,6 +35,24 @@ def choices(
         for unit in layout.units
     )
     return tuple(_served(u, row, engine) for u, row in zip(layout.units, found, strict=True))
+
+
+def _check_caches(schemes: Sequence[Scheme]) -> None:
+    """Refuse formats that no KV cache can be kept in, whatever its shape."""
+    from evaluation.caches import keeps
+
+    for scheme in schemes:
+        if scheme.activation != FULL_PRECISION:
+            raise ConfigError(
+                f"a KV cache has one format, and '{scheme.name}' is one of weights with activations; "
+                f"give {scheme.weight} alone"
+            )
+        if not keeps(scheme.weight):
+            raise ConfigError(
+                f"no KV cache can be kept in {scheme.name}, which doesn't round each token's row by "
+                "itself; there are integers such as int8-g32 and int4-channel, fp8-e4m3, mxfp8, "
+                "nf4-g64 and llama.cpp's gguf-q8_0 to gguf-q4_0"
+            )
 
 
 def _served(unit: Unit, schemes: tuple[Scheme, ...], engine: Rules | None) -> tuple[Scheme, ...]:

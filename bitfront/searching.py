@@ -17,7 +17,7 @@ from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
 from bitfront.plan import Plan, make_plan, plan_again
 from bitfront.progress import Lines, RichProgress
-from bitfront.settling import settled
+from bitfront.settling import scoring_online, settled
 from bitfront.sizes import show_bytes
 from bitfront.uniforms import uniform_maps
 from store.database import Store
@@ -96,6 +96,8 @@ def open_pool(spec: SessionSpec, address: str, workers: int | None) -> Pool:
 def dry_run(config: JobConfig, as_json: bool) -> None:
     """Print what a job would do: units, menu, sizes and the number of measurements."""
     plan = make_plan(config)
+    if plan.online:
+        plan = scoring_online(plan)  # refuses what can't be scored
     document = _document(plan)
     if as_json:
         print_json(document)

@@ -12,7 +12,7 @@ from store.queries import audited_job
 def settled(plan: Plan, store: Store) -> Plan:
     """The plan with what `auto` stands for among its estimators, and why."""
     if plan.online:
-        plan = _scoring_online(plan)
+        plan = scoring_online(plan)
     if AUTO not in plan.config.estimators:
         return plan
     names = [scheme.name for scheme in plan.menu]
@@ -35,7 +35,7 @@ def settled(plan: Plan, store: Store) -> Plan:
     return replace(plan, config=config, because=because, evidence=evidence)
 
 
-def _scoring_online(plan: Plan) -> Plan:
+def scoring_online(plan: Plan) -> Plan:
     """Without the estimators that know nothing of KV caches and activations.
 
     Raises:

@@ -134,7 +134,12 @@ class CompressedTensorsFiles(CheckpointTarget):
         return found
 
     def config_of(self, layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
-        """See `CheckpointTarget.config_of`."""
+        """See `CheckpointTarget.config_of`.
+
+        Raises:
+            ExportError: a KV cache that vLLM can't be told of.
+        """
+        layer_caches(layout, schemes)
         return {"quantization_config": config_of(layout, schemes)}
 
     def load(self, export: Export, folder: Path) -> Any:
@@ -192,6 +197,8 @@ def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         compressor = BaseCompressor.get_value_from_registry(group.format or config.format)
         names = compressor.compression_param_names(group)
         parts = {key: tensors[f"{module}.{key}"] for key in names}
+        if "weight_scale" in parts:  # kernels multiply sums by it, and round no product of codes
+            parts["weight_scale"] = parts["weight_scale"].float()
         values: Tensor = compressor.decompress(parts, group)["weight"]
         return values.to(dtype)
 
@@ -252,16 +259,8 @@ def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
         "format": kinds.pop() if len(kinds) == 1 else MIXED,
         "config_groups": found,
         "ignore": [*ignored, *(kept.name for kept in layout.kept)],
-        "kv_cache_scheme": _cache_scheme(layer_caches(layout, schemes)),
+        "kv_cache_scheme": None,  # wants scales in the checkpoint; vLLM's command doesn't
     }
-
-
-def _cache_scheme(caches: Mapping[int, str]) -> dict[str, Any] | None:
-    """Of all layers, if they are alike; without scales in the checkpoint, as here, runtimes take 1."""
-    formats = set(caches.values())
-    if len(formats) != 1 or formats == {FULL_PRECISION}:
-        return None
-    return arguments_of(formats.pop())
 
 
 def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:

@@ -25,8 +25,9 @@ def layer_caches(layout: Layout, schemes: Sequence[Scheme]) -> dict[int, str]:
 
 
 def cache_flags(caches: Mapping[int, str]) -> str:
-    """What vLLM is told where layers differ, which the checkpoint can't say."""
+    """What vLLM is told of them: its FP8 has a scale of 1 where a checkpoint holds none, as here."""
     exact = [str(layer) for layer, format in caches.items() if format == FULL_PRECISION]
-    if not exact or len(exact) == len(caches):
+    if len(exact) == len(caches):
         return ""
-    return f" --kv-cache-dtype fp8 --kv-cache-dtype-skip-layers {' '.join(exact)}"
+    skipped = f" --kv-cache-dtype-skip-layers {' '.join(exact)}" if exact else ""
+    return f" --kv-cache-dtype fp8{skipped}"

@@ -65,14 +65,16 @@ def test_a_map_goes_out_and_comes_back(done, tmp_path, tiny_folders, origin):
     assert "KV cache" in card
 
 
-def test_a_cache_in_the_checkpoint_is_read_back(done, tmp_path, tiny_folders):
+def test_a_cache_is_in_the_map_and_in_the_command(done, tmp_path, tiny_folders):
+    """vLLM's scale of 1 needs no tensor; a scheme in the configuration would want some."""
     store, front, _ = done
     names = {p.id: front.candidates[p.id].schemes[-1] for p in front.points}
     point = next(p for p in front.points if names[p.id] == "fp8-e4m3")
     folder = tmp_path / "out"
-    export_point(store, front, point.id, ["compressed-tensors"], folder, force=False)
-    model = str(tiny_folders("llama"))
-    again, number = apply(store, folder / "config.json", model, front.job.id, "none", None)
+    [written] = export_point(store, front, point.id, ["compressed-tensors"], folder, force=False)
+    assert written["reloaded_kl"] == pytest.approx(written["measured_kl"], rel=0.02, abs=2e-4)
+    model, file = str(tiny_folders("llama")), folder / "precision_map.json"
+    again, number = apply(store, file, model, front.job.id, "none", None)
     assert again.point(number).map_hash == point.map_hash
 
 

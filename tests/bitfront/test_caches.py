@@ -204,6 +204,9 @@ def test_targets_that_cant_keep_them_say_so(done, tmp_path):
     [
         ({"menu.cache": ["int5"]}, "unknown format 'int5'"),
         ({"menu.cache": ["gguf-q8_0"]}, "no scheme of the menu applies to model.layers.0.k_cache"),
+        ({"menu.cache": ["bf16", "nvfp4"]}, "no KV cache can be kept in nvfp4"),
+        ({"menu.cache": ["bf16", "int8-g32/int8-token"]}, "give int8-g32 alone"),
+        ({"budgets_bytes": [200_000]}, "bytes of weights and KV cache: the smallest has"),
         ({"serving.tensor_parallel": 2}, "tensor parallelism"),
         (
             {"serving.engine": "compressed-tensors", "menu": "int4-channel-bf16,bf16"},
@@ -212,7 +215,7 @@ def test_targets_that_cant_keep_them_say_so(done, tmp_path):
     ],
 )
 def test_what_cant_be_is_refused_in_a_line(tiny_folders, more, why):
-    with pytest.raises(BitfrontError, match=why) as caught:
+    with pytest.raises((BitfrontError, InfeasibleBudgetError), match=why) as caught:
         make_plan(config_of(tiny_folders("llama"), **more))
     assert "\n" not in str(caught.value)
 
@@ -257,6 +260,16 @@ def test_the_command_takes_a_menu_for_the_cache(bitfront_command, tiny_folders):
     kinds = [unit["kind"] for unit in document["units"]]
     assert kinds.count("cache") == 4
     assert "int8-g32 + KV int4-channel" in [entry["scheme"] for entry in document["uniform"]]
+
+
+def test_a_dry_run_refuses_what_the_job_would(bitfront_command, tiny_folders):
+    done = subprocess.run(
+        [bitfront_command, "search", str(tiny_folders("llama")), "--kv-menu", "bf16,int4-channel",
+         "--estimators", "output-error", "--dry-run"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "output-error can't score KV caches" in done.stderr
 
 
 def test_rules_in_a_file_go_with_the_presets_schemes(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -335,9 +336,10 @@ def test_compressed_tensors_says_what_the_cache_is_kept_in(llama, tmp_path):
     target.write(export, tmp_path)
     found = target.check(export, tmp_path)
     assert found["reloaded_kl"] == pytest.approx(kl, rel=0.02)
-    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert config["kv_cache_scheme"]["type"] == "float"
-    assert compressed_tensors.cache_format_of(config) == "fp8-e4m3"
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not [name for name, _ in plain.named_parameters() if "k_scale" in name]  # nor missing
+    theirs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+    assert compressed_tensors.cache_format_of({"kv_cache_scheme": theirs}) == "fp8-e4m3"
     assert compressed_tensors.cache_format_of({"kv_cache_scheme": None}) == "bf16"
 
 
@@ -406,20 +408,12 @@ def test_vllm_is_told_of_layers_whose_cache_stays(llama):
     plain = [Scheme("bf16")] * (len(layout.units) - 2)
 
     def flags(*names):
-        schemes = [*plain, *map(Scheme, names)]
-        config = compressed_tensors.config_of(layout, schemes)
-        layers = layer_caches(layout, schemes)
-        return cache_flags(layers), config["kv_cache_scheme"]
+        return cache_flags(layer_caches(layout, [*plain, *map(Scheme, names)]))
 
-    assert flags("bf16", "bf16") == ("", None)
-    said, scheme = flags("fp8-e4m3", "fp8-e4m3")
-    assert said == ""
-    assert scheme["type"] == "float"
-    assert flags("fp8-e4m3", "bf16") == (
-        " --kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 1",
-        None,
-    )
+    assert flags("bf16", "bf16") == ""
+    assert flags("fp8-e4m3", "fp8-e4m3") == " --kv-cache-dtype fp8"
+    assert flags("fp8-e4m3", "bf16") == (" --kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 1")
     apart = describe(llama).with_caches("apart")
     mixed = [*plain, *map(Scheme, ("fp8-e4m3", "bf16", "bf16", "bf16"))]
     with pytest.raises(ExportError, match="layer 0 has keys and values in fp8-e4m3 and bf16"):
-        compressed_tensors.config_of(apart, mixed)
+        layer_caches(apart, mixed)

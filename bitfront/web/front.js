@@ -176,7 +176,7 @@ function hover(p) {
   );
   return [
     `<b>point ${p.id}</b>: ${plain(p.origin)}`,
-    `${bytes(p.weight_bytes)}, ${bits(p.average_bits)} bits`,
+    `${bytes(QUANTITIES.weight_bytes.of(p))}, ${bits(p.average_bits)} bits`,
     `KL ${kl(p.kl)} (${kl(p.kl_low)} to ${kl(p.kl_high)}), perplexity ${digits(p.perplexity)}`,
     cost
       .map(

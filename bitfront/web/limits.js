@@ -46,7 +46,7 @@ export function limitsPanel(state) {
 function told({ point, why }, state) {
   if (!point) return h("span", { class: "bad" }, why);
   const limited = Object.keys(state.limits).length > 0;
-  const text = `${bits(point.average_bits)} bits, ${bytes(point.weight_bytes)}, KL ${kl(point.kl)} (${kl(point.kl_low)} to ${kl(point.kl_high)})`;
+  const text = `${bits(point.average_bits)} bits, ${bytes(QUANTITIES.weight_bytes.of(point))}, KL ${kl(point.kl)} (${kl(point.kl_low)} to ${kl(point.kl_high)})`;
   const choose = h(
     "button",
     { class: "plain best", "data-point": point.id, onclick: () => state.choose(point.id) },

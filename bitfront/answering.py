@@ -15,7 +15,7 @@ from bitfront.fronts import (
     losses,
     quality_key,
 )
-from cost_models.memory import PHASES, Phase, Sharing, Workload
+from cost_models.memory import PHASES, Phase, Sharing, Workload, kv_cache_bytes
 from quantization.errors import BitfrontError
 from search.statistics import paired_difference
 from store.database import Store
@@ -46,9 +46,16 @@ class Footprint:
 
     def cache_bytes(self, point: Point) -> int:
         """Of the KV cache, on each device."""
+        if not caching.is_open(self.front.job):
+            return self._one_for_all
         schemes = self.front.candidates[point.id].schemes
         whole = caching.bytes_at(self.front.job, self.front.layout, schemes, self.workload)
         return self.sharing.cache(whole)
+
+    @cached_property
+    def _one_for_all(self) -> int:
+        """The cache of every map, where the job left it as it is."""
+        return self.sharing.cache(kv_cache_bytes(self.front.layout, self.workload))
 
     def memory_bytes(self, point: Point) -> int:
         """Of each device."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cost_models.cache_bytes import unit_bytes, unit_numbers
 from cost_models.memory import FULL_CACHE_BITS, Workload, kv_cache_bytes
 from quantization.units import KEYS, VALUES, Layout, cache_slot
 from store.tables import Job
@@ -20,9 +21,7 @@ def held_bytes(job: Job, layout: Layout, schemes: Sequence[str]) -> int | None:
 
 
 def bytes_at(job: Job, layout: Layout, schemes: Sequence[str], workload: Workload) -> int:
-    """Of a map's caches at any workload."""
-    if not is_open(job):
-        return kv_cache_bytes(layout, workload)
+    """Of a map's caches at any workload, where the job chose their formats."""
     if workload == _workload(job):
         return sum(_unit_bytes(job, layout, schemes).values())
     return kv_cache_bytes(layout, workload, layer_bits(job, layout, schemes))
@@ -54,13 +53,7 @@ def numbers(job: Job, layout: Layout) -> list[int]:
     if not is_open(job):
         return [unit.numel for unit in layout.units]
     workload = _workload(job)
-    kept = {layer.block: layer.window or workload.context for layer in layout.cache}
-    return [
-        unit.numel
-        or workload.batch
-        * sum(s.numel * min(workload.context, kept[cache_slot(s)[0]]) for s in unit.sites)
-        for unit in layout.units
-    ]
+    return [unit.numel or unit_numbers(unit, layout, workload) for unit in layout.units]
 
 
 def _workload(job: Job) -> Workload:
@@ -81,7 +74,6 @@ def _unit_bytes(job: Job, layout: Layout, schemes: Sequence[str]) -> dict[int, i
 
 def _beyond(job: Job, layout: Layout, u: int, scheme: str) -> int:
     """Of a format that the job's menu doesn't have: a map was given to it."""
-    from cost_models.cache_bytes import unit_bytes  # torch
     from quantization.schemes import Scheme
 
     return unit_bytes(layout.units[u], layout, Scheme.parse(scheme), _workload(job))

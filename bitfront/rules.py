@@ -89,6 +89,7 @@ def _choices(
 
     for pattern, scheme in pins.items():
         if _matches(pattern, unit):
+            _check_caches([scheme] if unit.kind == "cache" else [])
             return (scheme,)
     banned = {s for pattern, names in bans.items() if _matches(pattern, unit) for s in names}
     fitting = tuple(
@@ -96,7 +97,7 @@ def _choices(
         for scheme in schemes
         if scheme not in banned
         and not any(FORMATS[scheme.weight].refusal(site.shape) for site in unit.matrices)
-        and _online(unit, scheme)
+        and _reads(unit, scheme)
     )
     if not fitting:
         but = f", forbidden ones left out ({', '.join(sorted(s.name for s in banned))})"
@@ -107,13 +108,10 @@ def _choices(
     return fitting
 
 
-def _online(unit: Unit, scheme: Scheme) -> bool:
-    """Whether what a unit reads, or keeps of the past, can be quantized like that as it comes."""
-    from evaluation.caches import keeps
+def _reads(unit: Unit, scheme: Scheme) -> bool:
+    """Whether what a unit's layers read can be quantized like that as it comes."""
     from quantization.activations import ACTIVATIONS
 
-    if unit.kind == "cache" and not keeps(scheme.weight):
-        return False
     if scheme.activation == FULL_PRECISION:
         return True
     if unit.kind != "linear":  # experts are picked inside their kernels, heads are ours

@@ -6,13 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.memory import Workload
-from quantization.formats import FORMATS
 from quantization.schemes import Scheme
 from quantization.units import Layout, Unit, cache_slot
 
 
 def unit_bytes(unit: Unit, layout: Layout, scheme: Scheme, workload: Workload) -> int:
     """Of a unit of caches in a format, with every sequence's cache full."""
+    from quantization.formats import FORMATS  # torch: queries count numbers alone
+
     format = FORMATS[scheme.weight]
     return workload.batch * sum(
         format.nbytes((tokens * heads, width))

@@ -1,13 +1,11 @@
 """Activations in a format: what each linear layer reads is quantized token by token, before it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from evaluation.online import Written, round_online, straight_through
+from evaluation.online import Watching, Written, round_online, straight_through
 from quantization.activations import ACTIVATIONS
 from quantization.units import Layout
 
@@ -17,7 +15,7 @@ def quantized(states: Tensor, format: str) -> Tensor:
     return round_online(states, ACTIVATIONS[format], "activations")
 
 
-class Activations:
+class Activations(Watching):
     """The inputs of a replica's linear layers, each in a format or exact.
 
     Args:
@@ -29,21 +27,12 @@ class Activations:
     """
 
     def __init__(self, module: nn.Module, layout: Layout) -> None:
+        super().__init__()
         self.formats: dict[str, str] = {}
-        self._watched: Mapping[str, list[Written]] = {}
         for unit in layout.units:
             for site in unit.sites if unit.kind == "linear" else ():
                 layer = module.get_submodule(site.name)
                 layer.register_forward_pre_hook(partial(self._before, site.name))
-
-    @contextmanager
-    def watch(self, paths: Mapping[str, list[Written]]) -> Iterator[None]:
-        """Note what some layers read in the passes within."""
-        self._watched, before = paths, self._watched
-        try:
-            yield
-        finally:
-            self._watched = before
 
     def _before(self, path: str, _: nn.Module, args: tuple[Any, ...]) -> Any:
         format = self.formats.get(path)

@@ -8,8 +8,7 @@ too.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from evaluation.online import Written, round_online, straight_through
+from evaluation.online import Watching, Written, round_online, straight_through
 from quantization.activations import by_rows
 from quantization.errors import MeasurementError
 from quantization.formats import FORMATS
@@ -42,7 +41,7 @@ def keeps(format: str) -> bool:
     return format in CAST or by_rows(FORMATS[format])
 
 
-class Caches:
+class Caches(Watching):
     """The caches of a replica's attentions, each slot in a format or exact.
 
     Args:
@@ -53,8 +52,8 @@ class Caches:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        super().__init__()
         self.formats: dict[Slot, str] = {}
-        self._watched: Mapping[Slot, list[Written]] = {}
         self._stand_in = _StandIn(self)
         self.layers = frozenset(self._hook(module))
 
@@ -70,15 +69,6 @@ class Caches:
                 f"the attention of layer {missing[0]} isn't given its KV cache as transformers' own "
                 "are, so it can't be quantized; leave the cache out of the menu"
             )
-
-    @contextmanager
-    def watch(self, slots: Mapping[Slot, list[Written]]) -> Iterator[None]:
-        """Note what the passes within write into some slots."""
-        self._watched, before = slots, self._watched
-        try:
-            yield
-        finally:
-            self._watched = before
 
     def through(self, layer: int, kind: str, states: Tensor) -> Tensor:
         """What attention gets back of what it has written."""

@@ -1,7 +1,8 @@
 """What is quantized while a model runs: rows are rounded in the graph, gradients go straight through."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,22 @@ class Written(NamedTuple):
 
     exact: Tensor
     kept: Tensor
+
+
+class Watching:
+    """Notes what passes round, by key, for whoever watches."""
+
+    def __init__(self) -> None:
+        self._watched: Mapping[Any, list[Written]] = {}
+
+    @contextmanager
+    def watch(self, seen: Mapping[Any, list[Written]]) -> Iterator[None]:
+        """Note into these lists what the passes within round."""
+        self._watched, before = seen, self._watched
+        try:
+            yield
+        finally:
+            self._watched = before
 
 
 def round_online(states: Tensor, format: Format, what: str) -> Tensor:

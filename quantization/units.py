@@ -149,38 +149,26 @@ class Layout:
         Raises:
             ModelError: what its layers keep of the past is unknown.
         """
-        paths = {unit.layer: block_path(unit) for unit in self.units}
-        blocks = [layer.block for layer in self.cache]
         if not self.knows_caches:
             raise ModelError(
                 "this model's KV cache is unknown (its forward pass could not be traced), so no "
                 "format can be chosen for it; leave the cache out of the menu"
             )
-        sites = [
-            (block, kind, Site(f"{paths[block]}.{kind}", "", shape))
-            for block, layer in zip(blocks, self.cache, strict=True)
-            for kind, shape in ((KEYS, layer.keys), (VALUES, layer.values))
-            if shape
-        ]
-        if sharing == "apart":
-            found = [Unit(site.name, "cache", (site,), block) for block, _, site in sites]
-            return replace(self, units=(*self.units, *found))
-        if sharing == "layers":
-            of_layer = {block: [s for b, _, s in sites if b == block] for block in blocks}
-            return replace(
-                self,
-                units=(
-                    *self.units,
-                    *(
-                        Unit(f"{paths[block]}.kv_cache", "cache", tuple(own), block)
-                        for block, own in of_layer.items()
-                    ),
-                ),
-            )
-        of = {"kinds": (KEYS, VALUES), "all": ("kv_cache",)}[sharing]
-        groups = {name: [s for _, kind, s in sites if name in (kind, "kv_cache")] for name in of}
-        shared = [Unit(name, "cache", tuple(own)) for name, own in groups.items()]
-        return replace(self, units=(*self.units, *shared))
+        paths = {unit.layer: block_path(unit) for unit in self.units}
+        groups: dict[tuple[str, int | None], list[Site]] = {}
+        for layer in self.cache:
+            path = paths[layer.block]
+            for kind, shape in ((KEYS, layer.keys), (VALUES, layer.values)):
+                if shape:
+                    name = {
+                        "apart": f"{path}.{kind}", "layers": f"{path}.kv_cache",
+                        "kinds": kind, "all": "kv_cache",
+                    }[sharing]  # fmt: skip
+                    block = layer.block if sharing in ("apart", "layers") else None
+                    own = Site(f"{path}.{kind}", "", shape)
+                    groups.setdefault((name, block), []).append(own)
+        caches = (Unit(name, "cache", tuple(own), b) for (name, b), own in groups.items())
+        return replace(self, units=(*self.units, *caches))
 
     @property
     def weights(self) -> tuple[Unit, ...]:

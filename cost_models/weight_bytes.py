@@ -17,7 +17,7 @@ RESOURCE = "weight_bytes"
 def unit_bytes(unit: Unit, scheme: Scheme, engine: Rules | None = None) -> int:
     """Bytes of a unit's packed tensors; tied parameters are stored once."""
     if engine and engine.unit_refusal(unit, scheme) is None:
-        return sum(engine.nbytes(scheme, site.shape) for site in unit.stored)
+        return sum(engine.site_nbytes(scheme, site) for site in unit.stored)
     return sum(FORMATS[scheme.weight].nbytes(site.shape) for site in unit.stored)
 
 

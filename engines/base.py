@@ -178,6 +178,10 @@ class Rules(ABC):
 
         return FORMATS[scheme.weight].nbytes(shape)
 
+    def site_nbytes(self, scheme: Scheme, site: Site) -> int:
+        """Bytes of the tensors that it loads for a site; by default one of the site's shape."""
+        return self.nbytes(scheme, site.shape)
+
     def other_bytes(self, layout: Layout, config: Any = None) -> int:
         """Bytes of everything outside the units; by default in bfloat16.
 

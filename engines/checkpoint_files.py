@@ -5,7 +5,7 @@ Tensors come one at a time and go out a file at a time: a model is never in memo
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engines.file_names import Place, Places, places_in, places_of
 from quantization.checkpoints import Checkpoint, load_config, load_tokenizer, readable
 from quantization.errors import ModelError
 from quantization.weights import skeleton
@@ -61,6 +62,7 @@ def assembled(
     value_of: Callable[[str, Mapping[str, Tensor]], Tensor],
     *,
     is_plain: Callable[[Tensor], bool] = lambda _: True,
+    places: Callable[[nn.Module], Places] = places_of,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model of a folder, each parameter made from the folder's tensors.
@@ -68,8 +70,9 @@ def assembled(
     Args:
         folder: as `write_checkpoint` leaves it.
         dtype: of the skeleton.
-        value_of: makes a parameter of that name, of which the folder has no plain tensor.
-        is_plain: whether a tensor that is called like a parameter is its values.
+        value_of: makes a matrix that files call so, of which the folder has no plain tensor.
+        is_plain: whether a tensor that is called like a matrix is its values.
+        places: which matrices of the files make up each parameter.
         trust_remote_code: run the folder's own code.
 
     Raises:
@@ -80,10 +83,15 @@ def assembled(
         with safe_open(file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     module = skeleton(Checkpoint(str(folder), str(folder), "", None, trust_remote_code), dtype)
-    for name, parameter in list(module.named_parameters()):
+    known = places(module)
+
+    def matrix(name: str) -> Tensor:
         plain = tensors.get(name)
         is_value = plain is not None and is_plain(plain)
-        value = plain.to(dtype) if plain is not None and is_value else value_of(name, tensors)
+        return plain.to(dtype) if plain is not None and is_value else value_of(name, tensors)
+
+    for name, parameter in list(module.named_parameters()):
+        value = _whole([(place, matrix(place.name)) for place in places_in(known, name)], parameter)
         if value.shape != parameter.shape:
             raise ModelError(
                 f"{name} is {tuple(value.shape)} in '{folder}', and the model's configuration makes "
@@ -94,6 +102,17 @@ def assembled(
         if name in tensors:
             buffer.copy_(tensors[name])
     return module.eval()
+
+
+def _whole(parts: Sequence[tuple[Place, Tensor]], parameter: Tensor) -> Tensor:
+    """A parameter of the matrices that files hold of it."""
+    (first, value), *more = parts
+    if not (more or first.rows):
+        return value
+    whole = torch.empty(parameter.shape, dtype=value.dtype)
+    for place, part in parts:
+        place.of(whole).copy_(part)
+    return whole
 
 
 def _place(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

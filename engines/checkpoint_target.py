@@ -13,12 +13,14 @@ from torch import Tensor
 
 from engines.base import Export, Rules, Target
 from engines.checkpoint_files import write_checkpoint
+from engines.file_names import Places, as_files_call, places_in, places_of
 from engines.neutral_map import NeutralMap
 from engines.reload import check_bytes, check_losses, check_served
 from quantization.errors import BitfrontError, ExportError
 from quantization.formats import Packed
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
+from quantization.weights import skeleton
 
 if TYPE_CHECKING:
     from quantization.bank import Bank
@@ -30,8 +32,6 @@ class CheckpointTarget(Target):
     needs_model = True
     dtype = torch.bfloat16
     """Of what isn't quantized."""
-    experts = False
-    """Whether it can hold experts under the names that transformers gives them in memory."""
 
     @property
     @abstractmethod
@@ -67,14 +67,12 @@ class CheckpointTarget(Target):
         assert export.evaluator is not None
         bank, schemes = export.evaluator.bank, export.precision_map.schemes
         check_served(self.rules, bank.checkpoint, bank.layout, schemes)
-        if not self.experts and any(unit.kind == "experts" for unit in bank.layout.units):
-            raise ExportError(
-                f"mixtures of experts aren't written for {self.name} yet, whose loaders want each "
-                "expert by itself; export to packed or safetensors"
-            )
-        config = {"dtype": self.dtype, **self.config_of(bank.layout, schemes)}
+        places = self.places(skeleton(bank.checkpoint, bank.dtype))
+        named = as_files_call(bank.layout, places)
+        config = {"dtype": self.dtype, **self.config_of(named, schemes)}
         metadata = self.metadata(bank.layout, schemes)
-        write_checkpoint(folder, bank.checkpoint, self._tensors(bank, schemes), config, metadata)
+        tensors = self._tensors(bank, schemes, places)
+        write_checkpoint(folder, bank.checkpoint, tensors, config, metadata)
         NeutralMap().write(export, folder)
 
     def check(self, export: Export, folder: Path) -> dict[str, Any]:
@@ -100,16 +98,25 @@ class CheckpointTarget(Target):
         """A tensor's name in the file."""
         return f"{parameter.removesuffix('.weight')}.{name}"
 
-    def _tensors(self, bank: "Bank", schemes: Sequence[Scheme]) -> Iterator[tuple[str, Tensor]]:
+    def places(self, module: Any) -> Places:
+        """What its files hold of a model of transformers, where that differs from the model."""
+        return places_of(module)
+
+    def _tensors(
+        self, bank: "Bank", schemes: Sequence[Scheme], places: Places
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the checkpoint."""
         for unit, scheme in zip(bank.layout.units, schemes, strict=True):
             for site in unit.stored:
                 made = bank.packed_parameters(unit, scheme, site.parameter)
-                if scheme.weight == FULL_PRECISION:
-                    values = made.tensors["values"].view(torch.bfloat16).to(self.dtype)
-                    yield site.parameter, values.mT if site.transposed else values
-                    continue
-                for name, tensor in self.stored_in(scheme, made).items():
-                    yield self.name_of(site.parameter, name), tensor
+                for place in places_in(places, site.parameter):
+                    if scheme.weight == FULL_PRECISION:
+                        values = made.tensors["values"].view(torch.bfloat16).to(self.dtype)
+                        yield place.name, place.of(values.mT if site.transposed else values)
+                        continue
+                    for name, tensor in self.stored_in(scheme, place.packed(made)).items():
+                        yield self.name_of(place.name, name), tensor
         for name, tensor in bank.rest().items():
-            yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            values = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for place in places_in(places, name):
+                yield place.name, place.of(values)

@@ -24,6 +24,7 @@ from engines.base import Export
 from engines.checkpoint_files import assembled
 from engines.checkpoint_target import CheckpointTarget
 from engines.declared import Declared
+from engines.file_names import ANY, any_expert
 from engines.reload import reload
 from engines.vllm_caches import cache_flags, layer_caches
 from engines.words import as_words, word_bytes
@@ -40,6 +41,7 @@ SHAPE_BYTES = 16
 """Of `weight_shape`: two 64-bit integers."""
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 PACKED, FLOAT, MIXED = "pack-quantized", "float-quantized", "mixed-precision"
+PATTERN = "re:"
 BYTES = "int-quantized"
 """Of integers that are multiplied as such: a byte each."""
 TOKENS: dict[str, dict[str, Any]] = {
@@ -78,7 +80,7 @@ class VLLM(CompressedTensors):
 
     def unit_refusal(self, unit: Unit, scheme: Scheme) -> str | None:
         """See `Rules.unit_refusal`: what is fused has one scale a tensor there."""
-        if scheme.weight == "nvfp4" and len(unit.stored) > 1:
+        if scheme.weight == "nvfp4" and unit.kind != "experts" and len(unit.stored) > 1:
             return "vLLM gives fused NVFP4 matrices one tensor scale, where each has its own"
         return super().unit_refusal(unit, scheme)
 
@@ -186,14 +188,21 @@ def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     """The model of a folder, each matrix decompressed by the library under its own group."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
 
     described = json.loads((folder / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(described)
-    groups = {name: group for group in config.config_groups.values() for name in group.targets}
+    exact: dict[str, Any] = {}
+    patterns: dict[str, Any] = {}
+    for group in config.config_groups.values():
+        for target in group.targets:
+            (patterns if target.startswith(PATTERN) else exact)[target] = group
 
     def value_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         module = name.removesuffix(".weight")
-        group = groups[module]
+        group = exact.get(module) or next(
+            group for target, group in patterns.items() if match_name(module, target)
+        )
         compressor = BaseCompressor.get_value_from_registry(group.format or config.format)
         names = compressor.compression_param_names(group)
         parts = {key: tensors[f"{module}.{key}"] for key in names}
@@ -217,12 +226,14 @@ def _all_fp8(export: Export) -> bool:
 def _alone(export: Export) -> bool:
     """Whether the library unpacks the weights, and the rest is ours.
 
-    transformers (5.23) can't place packed zero points: its skeleton has them unpacked. And the library
-    (0.20) scales integer activations by the largest over 127.5, where vLLM's kernels take 127.
+    transformers (5.23) can't place packed zero points: its skeleton has them unpacked, nor experts, which
+    are no layers there. And the library (0.20) scales integer activations by the largest over 127.5, where vLLM's kernels take 127.
     """
     units = export.precision_map.weights
     active = any(unit.scheme.activation != FULL_PRECISION for unit in units)
-    return _has_zeros(export) or (active and not _all_fp8(export))
+    assert export.evaluator is not None
+    mixture = any(unit.kind == "experts" for unit in export.evaluator.bank.layout.units)
+    return mixture or _has_zeros(export) or (active and not _all_fp8(export))
 
 
 def _has_zeros(export: Export) -> bool:
@@ -239,9 +250,9 @@ def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
             continue
         names = [site.name for site in unit.sites]
         if scheme.exact:
-            ignored += names if unit.kind != "embedding" else []
+            ignored += map(_target, names) if unit.kind != "embedding" else []
         else:
-            groups.setdefault(scheme, []).extend(names)
+            groups.setdefault(scheme, []).extend(map(_target, names))
     found = {
         f"group_{number}": {
             "targets": names,
@@ -261,6 +272,11 @@ def config_of(layout: Layout, schemes: Sequence[Scheme]) -> dict[str, Any]:
         "ignore": [*ignored, *(kept.name for kept in layout.kept)],
         "kv_cache_scheme": None,  # wants scales in the checkpoint; vLLM's command doesn't
     }
+
+
+def _target(name: str) -> str:
+    """A module's name, or a pattern for those of all experts."""
+    return f"{PATTERN}^{any_expert(name)}$" if ANY in name else name
 
 
 def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:

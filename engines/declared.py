@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.base import Rules
+from engines.file_names import matrices
 from quantization.errors import BitfrontError
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import CacheSharing, Site, UnitKind
@@ -66,7 +67,7 @@ class Runtime(_Closed):
         fuses: whether the sites of a unit are one matrix to it.
         formats: what it serves beside full precision; of several that match, any will do.
         kept: kinds of units that stay in full precision, and why.
-        experts: whether the packed experts of a layer are a tensor to it.
+        experts: what it serves of packed experts.
         cache: formats that its KV cache can be kept in.
         cache_sharing: what of it has one format.
         sources: where the rules come from.
@@ -78,7 +79,7 @@ class Runtime(_Closed):
     fuses: bool
     formats: tuple[Served, ...]
     kept: dict[UnitKind, str] = {}
-    experts: bool = False
+    experts: tuple[Served, ...] = ()
     cache: tuple[str, ...] = (FULL_PRECISION,)
     cache_sharing: CacheSharing = "all"
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -134,24 +135,33 @@ class Declared(Rules):
                 return found
         return scheme
 
+    def site_nbytes(self, scheme: Scheme, site: Site) -> int:
+        """See `Rules.site_nbytes`: files hold experts one by one, their gates apart from their ups."""
+        count, shape = matrices(site)
+        return count * self.nbytes(scheme, shape)
+
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Rules.refusal`."""
         from quantization.formats import FORMATS
 
         if scheme == Scheme(FULL_PRECISION):
             return None
-        if site.transposed or (len(site.shape) != 2 and not self.runtime.experts):
+        _, shape = matrices(site)
+        packed = len(site.shape) > len(shape)
+        offered = self.runtime.experts if packed else self.runtime.formats
+        if site.transposed or not offered:
             return "packed experts and transposed weights aren't written for it yet"
-        known = [served for served in self.runtime.formats if served.matches(scheme)]
+        known = [served for served in offered if served.matches(scheme)]
         if not known:
             near = self.variant(scheme)
-            offered = (
-                ", ".join(served.formats for served in self.runtime.formats)
+            named = (
+                ", ".join(served.formats for served in offered)
                 if near == scheme
                 else f"{near.name}, which differs in the type of its scales"
             )
-            return f"{self.runtime.title} has no kernel for {scheme.name}; it has {offered}"
-        reasons = [served.refusal(site.shape) for served in known]
+            what = " of experts" if packed else ""
+            return f"{self.runtime.title} has no kernel for {scheme.name}{what}; it has {named}"
+        reasons = [served.refusal(shape) for served in known]
         if None not in reasons:
             return f"{scheme.name}: {reasons[0]}, as {self.runtime.title}'s kernel needs"
-        return FORMATS[scheme.weight].refusal(site.shape)
+        return FORMATS[scheme.weight].refusal(shape)

@@ -12,17 +12,21 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from engines.file_names import Places, places_of
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ExportError, ModelError
 from quantization.formats import FORMATS
 from quantization.precision_map import PrecisionMap
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import KEYS, VALUES, Layout
+from quantization.weights import skeleton
 
 GROUP = 64
 """Of maps that only say bits."""
@@ -89,7 +93,7 @@ def read_map(path: Path, checkpoint: Checkpoint, layout: Layout) -> Foreign:
         raise ModelError(f"'{path}' is no map: it holds a {type(document).__name__}")
     if "map_hash" in document:
         return _of_ours(path, PrecisionMap.read(path))
-    found = _of_config(path, document, layout) or _of_recipe(document)
+    found = _of_config(path, document, checkpoint, layout) or _of_recipe(document)
     return found or _of_bits(path, document, _names(layout, "linear", "head"))
 
 
@@ -107,11 +111,13 @@ def _of_ours(path: Path, found: PrecisionMap) -> Foreign:
     return Foreign({site: names[unit.name] for unit in found.units for site in unit.sites})
 
 
-def _of_config(path: Path, document: Mapping[str, Any], layout: Layout) -> Foreign | None:
+def _of_config(
+    path: Path, document: Mapping[str, Any], checkpoint: Checkpoint, layout: Layout
+) -> Foreign | None:
     """A model's configuration, or the part of it that a tool keeps in a file of its own."""
     config, own = document.get("quantization_config"), document.get("quantization")
     if isinstance(own, dict) and "bits" in own:
-        return _of_mlx(own, layout)
+        return _of_mlx(own, checkpoint, layout)
     if "dynamic" in document and "bits" in document:
         config = {"quant_method": "gptq", **document}
     if not isinstance(config, dict):
@@ -120,10 +126,11 @@ def _of_config(path: Path, document: Mapping[str, Any], layout: Layout) -> Forei
     if method not in READERS:
         raise ModelError(f"'{path}' is quantized by '{method}'; maps are read of {KNOWN}")
     head = method != "gptq" or config.get("lm_head")
-    names = _names(layout, "linear", *(["head"] if head else []))
+    modules = _modules(layout, places_of(skeleton(checkpoint, torch.float32)), head=bool(head))
     try:
         read: Callable[..., dict[str, str]] = import_module(READERS[method]).formats_of
-        return Foreign(read(config, names) | _caches(method, config, layout), method)
+        formats = _of_sites(read(config, [*chain(*modules.values())]), modules)
+        return Foreign(formats | _caches(method, config, layout), method)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         told = " ".join(str(error).split())[:200]
         raise ModelError(f"'{path}' is no configuration of {method}: {told}") from error
@@ -143,13 +150,47 @@ def _caches(method: Any, config: Mapping[str, Any], layout: Layout) -> dict[str,
     return dict.fromkeys(names, cache_format_of(config))
 
 
-def _of_mlx(config: Mapping[str, Any], layout: Layout) -> Foreign:
+def _of_mlx(config: Mapping[str, Any], checkpoint: Checkpoint, layout: Layout) -> Foreign:
     """MLX's affine values have free biases, which are zero points in float16 here."""
-    from engines.mlx import formats_of
+    from engines.mlx import MLXCheckpoint, formats_of
 
-    names = _names(layout, "linear", "head", "embedding")
-    found = formats_of(config, names)
+    places = MLXCheckpoint().places(skeleton(checkpoint, torch.float32))
+    modules = _modules(layout, places, head=True, embedding=True)
+    found = _of_sites(formats_of(config, [*chain(*modules.values())]), modules)
     return Foreign({name: format.replace("-bf16", "-real") for name, format in found.items()})
+
+
+def _modules(
+    layout: Layout, places: Places, *, head: bool, embedding: bool = False
+) -> dict[str, list[str]]:
+    """What files call the modules of each site: of packed experts, all of them."""
+    kinds = {
+        "linear",
+        "experts",
+        *(["head"] if head else []),
+        *(["embedding"] if embedding else []),
+    }
+    sites = [site for unit in layout.units if unit.kind in kinds for site in unit.sites]
+    return {
+        site.name: [p.module for p in places[site.parameter]]
+        if site.parameter in places
+        else [site.name]
+        for site in sites
+    }
+
+
+def _of_sites(found: Mapping[str, str], modules: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The format of each site, of those of its modules."""
+    formats = {}
+    for site, names in modules.items():
+        several = sorted({found[name] for name in names})
+        if len(several) > 1:
+            raise ExportError(
+                f"the configuration has parts of {site} in {' and '.join(several)}, which are "
+                "chosen together here"
+            )
+        formats[site] = several[0]
+    return formats
 
 
 def _of_recipe(document: Mapping[str, Any]) -> Foreign | None:

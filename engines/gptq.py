@@ -19,6 +19,7 @@ from engines.base import Export
 from engines.checkpoint_files import assembled
 from engines.checkpoint_target import CheckpointTarget
 from engines.declared import Declared
+from engines.file_names import ANY
 from engines.regular import (
     bits_and_group,
     group_of,
@@ -157,6 +158,9 @@ def _format_of(arguments: Mapping[str, Any]) -> str:
 
 def _exactly(name: str) -> str:
     """A pattern for a module, and for what vLLM fuses it into."""
+    if ANY in name:  # vLLM looks for the module that holds them all
+        mixture, _, leaf = name.partition(f".{ANY}.")
+        return f"^{re.escape(mixture)}(\\.\\d+\\.{re.escape(leaf)})?$"
     parent, _, leaf = name.rpartition(".")
     place = re.escape(f"{parent}." if parent else "")
     return f"^{place}({leaf}|{FUSED[leaf]})$" if leaf in FUSED else f"^{place}{re.escape(leaf)}$"

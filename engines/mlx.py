@@ -17,6 +17,7 @@ from engines.base import Export
 from engines.checkpoint_files import assembled
 from engines.checkpoint_target import CheckpointTarget
 from engines.declared import BF16_SCALES, Declared
+from engines.file_names import Place, Places, places_of
 from engines.regular import integer, integer_named, most_common, named
 from engines.words import as_words
 from quantization.errors import ExportError
@@ -26,6 +27,9 @@ from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout
 
 AFFINE = "affine"
+STACKED = "switch_mlp"
+"""What MLX's models call all experts of a layer together."""
+GATED, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 
 
 class MLX(Declared):
@@ -67,6 +71,20 @@ class MLXCheckpoint(CheckpointTarget):
         found = config_of(named(layout, schemes, embeddings=True))
         return {"quantization": found, "quantization_config": found}
 
+    def places(self, module: Any) -> Places:
+        """See `CheckpointTarget.places`: all gates of a layer in one tensor, all ups, all downs."""
+        found = dict(places_of(module))
+        for name, places in found.items():
+            own = [place for place in places if place.expert == 0]
+            leaves = GATED if len(own) == len(GATED) else DOWN
+            if own:
+                path = own[0].name.partition(".experts.")[0]
+                found[name] = tuple(
+                    Place(f"{path}.{STACKED}.{leaf}.weight", None, place.start, place.rows)
+                    for place, leaf in zip(own, leaves, strict=True)
+                )
+        return found
+
     def metadata(self, layout: Layout, schemes: Sequence[Scheme]) -> Mapping[str, str]:
         """What mlx-lm looks for."""
         return {"format": "mlx"}
@@ -101,6 +119,7 @@ def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         dtype,
         replaced,
         is_plain=Tensor.is_floating_point,
+        places=MLXCheckpoint().places,
         trust_remote_code=trust_remote_code,
     )
 

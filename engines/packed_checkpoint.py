@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engines.base import Export, Rules
 from engines.checkpoint_files import assembled
 from engines.checkpoint_target import CheckpointTarget
+from engines.file_names import Places
 from quantization.errors import ModelError
 from quantization.formats import FORMATS, Packed
 from quantization.kernels.packed_weight import PackedWeight
@@ -49,7 +50,6 @@ class PackedCheckpoint(CheckpointTarget):
 
     name = "packed"
     engine = "packed"
-    experts = True
     rules = PackedFiles()
 
     def stored(self, packed: Packed) -> dict[str, Tensor]:
@@ -73,6 +73,10 @@ class PackedCheckpoint(CheckpointTarget):
             if scheme.weight != FULL_PRECISION
         }
         return {MARK: json.dumps(packed)}
+
+    def places(self, module: Any) -> Places:
+        """See `CheckpointTarget.places`: all is as it is in the model."""
+        return {}
 
     def load(self, export: Export, folder: Path) -> nn.Module:
         """See `load_packed`."""
@@ -107,7 +111,9 @@ def load_packed(
         parts = {k.split("|")[1]: t for k, t in tensors.items() if k.startswith(f"{name}|")}
         return PackedWeight(Packed(format, tuple(shape), parts), dtype, transposed)
 
-    module = assembled(folder, dtype, value_of, trust_remote_code=trust_remote_code)
+    module = assembled(
+        folder, dtype, value_of, places=lambda _: {}, trust_remote_code=trust_remote_code
+    )
     return _looked_up(module)
 
 

@@ -69,7 +69,7 @@ def predicted_bytes(
 ) -> int:
     """Bytes of all tensors that a runtime loads."""
     return rules.other_bytes(layout, load_config(checkpoint)) + sum(
-        rules.nbytes(scheme, site.shape)
+        rules.site_nbytes(scheme, site)
         for unit, scheme in zip(layout.units, schemes, strict=True)
         for site in unit.stored
     )

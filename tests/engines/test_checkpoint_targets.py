@@ -159,16 +159,6 @@ def test_what_lies_beside_the_weights_comes_along(export_to, tmp_path):
     assert told["eos_token_id"] == 1
 
 
-def test_experts_under_names_that_loaders_do_not_know_are_refused(make_bank, tmp_path):
-    bank = make_bank("mixtral")
-    menu = [Scheme("int4-g32"), Scheme("bf16")]
-    bank.build(choices_of(bank.layout, menu))
-    export = mixed_export(bank, ["bf16"])
-    with pytest.raises(ExportError, match="mixtures of experts aren't written for gptq"):
-        load_target("gptq").write(export, tmp_path)
-    load_target("packed").write(export, tmp_path)
-
-
 def test_rules_of_gptq_match_what_vllm_fuses():
     """vLLM looks a rule up by the fused module's name, older releases by that alone."""
     base, other = "model.layers.{}.self_attn.{}_proj", "model.layers.{}.mlp.{}_proj"

@@ -1,0 +1,134 @@
+"""Mixtures of experts in checkpoints: each expert by itself under the name that loaders know."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engines import Export, load_target
+from engines.file_names import ANY, as_files_call, places_of
+from engines.foreign import read_map
+from evaluation.evaluator import Evaluator
+from quantization.checkpoints import load_model
+from quantization.errors import ExportError
+from quantization.precision_map import ModelEntry, build_map
+from quantization.schemes import Scheme
+from quantization.weights import skeleton
+from tests.conftest import choices_of
+from tests.engines.test_exports import CHUNKS
+
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
+MENUS = {
+    "compressed-tensors": [
+        "int4-g32-bf16", "fp8-e4m3", "int3-g32-asym-bf16", "int8-channel-bf16/int8-token", "nvfp4", "bf16",
+    ],
+    "gptq": ["int4-g32", "int8-g32", "bf16"],
+    "mlx": ["int4-g32-bf16", "int6-g32-bf16", "bf16"],
+    "torchao": ["int4-g32-bf16"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def mixture(make_bank):
+    """Units under the formats of a menu in turns, full precision where the target serves no other."""
+
+    def made(name, family):
+        menu = [Scheme.parse(scheme) for scheme in MENUS[name]]
+        bank = make_bank(family)
+        bank.build(choices_of(bank.layout, [*menu, Scheme("bf16")]))
+        rules, schemes = load_target(name).rules, []
+        for number, unit in enumerate(bank.layout.units):
+            wanted = menu[number % len(menu)]
+            served = unit.layer is not None and not rules.unit_refusal(unit, wanted)
+            schemes.append(wanted if served else Scheme("bf16"))
+        evaluator = Evaluator(bank, torch.device("cpu"))
+        losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+        kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+        pairs = [(scheme.weight, scheme.activation) for scheme in schemes]
+        entry = ModelEntry(name="tiny", weights_hash="0" * 64)
+        return Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl), schemes
+
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", MENUS)
+def test_it_is_read_back_as_it_was_measured(mixture, tmp_path, name, family):
+    """Loss, predicted bytes and the map; torchao's experts stay in full precision."""
+    export, schemes = mixture(name, family)
+    bank, target = export.evaluator.bank, load_target(name)
+    target.write(export, tmp_path)
+    found = target.check(export, tmp_path)
+    assert found["reloaded_kl"] == pytest.approx(found["measured_kl"], rel=0.02, abs=2e-4)
+    assert found["measured_kl"] > 0.001
+    quantized = [u.kind for u, s in zip(bank.layout.units, schemes, strict=True) if not s.exact]
+    assert ("experts" in quantized) == (name != "torchao")
+    read = read_map(tmp_path, bank.checkpoint, bank.layout).formats
+    for unit, scheme in zip(bank.layout.units, schemes, strict=True):
+        if unit.layer is not None:
+            wanted = {scheme.name.replace("-bf16", "-real") if name == "mlx" else scheme.name}
+            assert {read[site.name] for site in unit.sites} == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_call_things_as_transformers_does(mixture, tmp_path, family):
+    """What isn't quantized has the names and shapes that transformers saves."""
+    export, schemes = mixture("gptq", family)
+    (tmp_path / "made").mkdir()
+    load_target("gptq").write(export, tmp_path / "made")
+    model = load_model(export.evaluator.bank.checkpoint, torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    (saved,) = (tmp_path / "saved").glob("*.safetensors")
+    wanted = {name: tensor.shape for name, tensor in load_file(saved).items()}
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    plain = {name: t.shape for name, t in made.items() if name in wanted}
+    assert plain.items() <= wanted.items()
+    assert {n.removesuffix(".weight") for n in wanted.keys() - plain.keys()} == {
+        name.removesuffix(".qweight") for name in made if name.endswith(".qweight")
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rows_of_all_places_are_the_parameter(make_bank, family):
+    """Every number of a packed parameter lies in exactly one matrix of the files."""
+    checkpoint = make_bank(family).checkpoint
+    module = skeleton(checkpoint, torch.float32)
+    for name, places in places_of(module).items():
+        parameter = module.get_parameter(name)
+        if parameter.dim() == 3:
+            seen = torch.zeros(parameter.shape)
+            for place in places:
+                place.of(seen).add_(1)
+            assert bool((seen == 1).all())
+
+
+def test_a_rule_covers_all_experts_and_what_vllm_asks_for(make_bank):
+    """vLLM looks a layer's experts up by the module that holds them."""
+    bank = make_bank("qwen3_moe")
+    named = as_files_call(bank.layout, places_of(skeleton(bank.checkpoint, torch.float32)))
+    [experts] = [u for u in named.units if u.kind == "experts" and u.layer == 1]
+    path = "model.layers.1.mlp.experts"
+    assert [s.name for s in experts.sites] == [
+        f"{path}.{ANY}.{leaf}_proj" for leaf in ("gate", "up", "down")
+    ]
+    schemes = [Scheme("int4-g32") if u.layer == 1 else Scheme("bf16") for u in named.units]
+    config = load_target("gptq").config_of(named, schemes)["quantization_config"]
+    from engines.gptq import formats_of
+
+    names = [path, f"{path}.3.up_proj", "model.layers.0.mlp.experts.3.up_proj"]
+    assert [*formats_of(config, names).values()] == ["int4-g32", "int4-g32", "bf16"]
+
+
+def test_experts_that_others_quantized_apart_are_told(mixture, tmp_path):
+    """A layer's experts are one unit here."""
+    export, _ = mixture("gptq", "qwen3_moe")
+    bank = export.evaluator.bank
+    load_target("gptq").write(export, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rules = config["quantization_config"]["dynamic"]
+    name = r"^model\.layers\.0\.mlp\.experts\.2\.up_proj$"
+    config["quantization_config"]["dynamic"] = {f"+:{name}": {"bits": 3}, **rules}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=r"parts of model.layers.0.mlp.experts.gate_up_proj in"):
+        read_map(tmp_path, bank.checkpoint, bank.layout)

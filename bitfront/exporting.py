@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bitfront.fronts import Front, Point, layout_of, losses, quality_key
-from bitfront.model_card import write_card
+from bitfront.model_card import vllm_says, write_card
 from bitfront.sizes import show_bytes
 from engines import Export, Target, load_target
 from quantization.errors import ExportError
@@ -73,6 +73,7 @@ def show(exports: Sequence[dict[str, Any]]) -> Iterator[str]:
                 f"{written['top1_agreement']:.1%}; {written['prompt_tokens_per_s']:.0f} tokens of a "
                 f"prompt a second, {written['generated_tokens_per_s']:.0f} generated"
             )
+        yield from vllm_says(written)
         for name in written.get("not_in_vllm", ())[:1]:
             yield f"vLLM has no kernel for {len(written['not_in_vllm'])} units, such as {name}"
         for what in ("serve", "requantize"):

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,25 @@ def _summary(front: Front, point: Point, found: dict[str, Any]) -> str:
             "- these figures are of the weights as Bitfront rounded them: this is a recipe, and the "
             "tool rounds by itself"
         )
+    lines += [f"- {line}" for line in vllm_says(found)]
     if refused := found.get("not_in_vllm"):
         lines.append(f"- vLLM has no kernel for {len(refused)} units, such as `{refused[0]}`")
     if found.get("serve"):
         lines += ["", "```", found["serve"], "```"]
     return "\n".join(lines) + "\n"
+
+
+def vllm_says(found: Mapping[str, Any]) -> Iterator[str]:
+    """What came of loading an export in vLLM."""
+    vllm = found.get("vllm")
+    if vllm and "refused" in vllm:
+        yield f"vLLM doesn't load it on this machine: {vllm['refused']}"
+    elif vllm:
+        yield (
+            f"vLLM {vllm['version']} on this machine: perplexity {vllm['perplexity']:.4g} "
+            f"({vllm['measured_perplexity']:.4g} as measured), the same likeliest token in "
+            f"{vllm['top1_agreement']:.1%}, {vllm['generated_tokens_per_s']:.1f} tokens a second"
+        )
 
 
 def _formats(precision_map: PrecisionMap) -> str:

@@ -26,7 +26,8 @@ from engines.checkpoint_target import CheckpointTarget
 from engines.declared import Declared
 from engines.file_names import ANY, any_expert
 from engines.reload import reload
-from engines.vllm_caches import cache_flags, layer_caches
+from engines.vllm_caches import cache_flags, cache_options, layer_caches
+from engines.vllm_reload import served
 from engines.words import as_words, word_bytes
 from quantization.errors import ExportError
 from quantization.formats import FORMATS, Packed
@@ -179,9 +180,10 @@ class CompressedTensorsFiles(CheckpointTarget):
         refused = [unit.name for unit, scheme in units if vllm.unit_refusal(unit, scheme)]
         loader = "compressed-tensors" if _alone(export) else "transformers"
         layout, schemes = export.evaluator.bank.layout, export.precision_map.schemes
-        flags = cache_flags(layer_caches(layout, schemes))
-        serve = None if refused else f"vllm serve DIR{flags}"
-        return {"serve": serve, "not_in_vllm": refused, "loader": loader}
+        caches = layer_caches(layout, schemes)
+        serve = None if refused else f"vllm serve DIR{cache_flags(caches)}"
+        found = served(export, folder, dtype="bfloat16", **cache_options(caches))
+        return {"serve": serve, "not_in_vllm": refused, "loader": loader, **found}
 
 
 def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:

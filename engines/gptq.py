@@ -28,6 +28,7 @@ from engines.regular import (
     most_common,
     named,
 )
+from engines.vllm_reload import served
 from engines.words import as_words
 from quantization.formats import Packed
 from quantization.packing import pack_bits, unpack_bits
@@ -100,7 +101,9 @@ class GPTQCheckpoint(CheckpointTarget):
         units = export.precision_map.weights
         few = any(unit.scheme.weight.startswith(("int2", "int3")) for unit in units)
         serve = "vllm serve DIR --dtype half" + (" --quantization gptq" if few else "")
-        return {"serve": serve, "loader": "by the documented layout"}
+        options = {"quantization": "gptq"} if few else {}
+        found = served(export, folder, dtype="half", **options)
+        return {"serve": serve, "loader": "by the documented layout", **found}
 
 
 def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:

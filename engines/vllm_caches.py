@@ -1,6 +1,7 @@
 """KV caches as vLLM keeps them: keys and values of a layer alike, some layers in FP8 and some not."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from quantization.errors import ExportError
 from quantization.schemes import FULL_PRECISION, Scheme
@@ -26,8 +27,18 @@ def layer_caches(layout: Layout, schemes: Sequence[Scheme]) -> dict[int, str]:
 
 def cache_flags(caches: Mapping[int, str]) -> str:
     """What vLLM is told of them: its FP8 has a scale of 1 where a checkpoint holds none, as here."""
+    found = cache_options(caches)
+    words = (f" --{name.replace('_', '-')} {_words(value)}" for name, value in found.items())
+    return "".join(words)
+
+
+def cache_options(caches: Mapping[int, str]) -> dict[str, Any]:
+    """The same for vLLM as a library."""
     exact = [str(layer) for layer, format in caches.items() if format == FULL_PRECISION]
     if len(exact) == len(caches):
-        return ""
-    skipped = f" --kv-cache-dtype-skip-layers {' '.join(exact)}" if exact else ""
-    return f" --kv-cache-dtype fp8{skipped}"
+        return {}
+    return {"kv_cache_dtype": "fp8", **({"kv_cache_dtype_skip_layers": exact} if exact else {})}
+
+
+def _words(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else " ".join(value)

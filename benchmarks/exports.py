@@ -5,6 +5,9 @@ written from a packed bank, read back by the target's own loader, and compared o
 writing is timed beside copying the files that came of it.
 
     python benchmarks/exports.py [--model demo] [--targets gguf,gptq] [--text FILE] [--json PATH]
+
+With $BITFRONT_VLLM set, vLLM loads what it can of them, too; on a CPU it has kernels for fewer schemes
+(--menu int4-g64-bf16,int8-channel-bf16/int8-token).
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--targets", default=",".join(MENUS))
+    parser.add_argument("--menu", help="schemes instead of each target's own")
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--json", type=Path)
@@ -55,17 +60,20 @@ def main() -> None:
     chunks = consecutive(load_tokenizer(checkpoint), request).ids
     rows = []
     for name in arguments.targets.split(","):
-        rows.append(measured(checkpoint, name, chunks))
+        menu = arguments.menu.split(",") if arguments.menu else MENUS[name]
+        rows.append(measured(checkpoint, name, menu, chunks))
         print(json.dumps(rows[-1]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"exports": rows}, indent=1) + "\n")
 
 
-def measured(checkpoint: object, name: str, chunks: np.ndarray) -> dict[str, object]:
+def measured(
+    checkpoint: object, name: str, names: Sequence[str], chunks: np.ndarray
+) -> dict[str, object]:
     target = load_target(name)
     rules = load_engine(target.engine) if target.engine in ENGINES else None
     layout = describe(checkpoint)
-    menu = [Scheme(format) for format in MENUS[name]]
+    menu = [Scheme.parse(scheme) for scheme in names]
     pinned = Scheme(FULL_PRECISION)
     inner = [unit for unit in layout.units if unit.layer is not None]
     of = {unit.name: menu[i % len(menu)] for i, unit in enumerate(inner)}
@@ -94,9 +102,10 @@ def measured(checkpoint: object, name: str, chunks: np.ndarray) -> dict[str, obj
         shutil.copytree(out, Path(folder, "copy"))
         copying = time.perf_counter() - start
     return {
-        "target": name, "menu": MENUS[name], "served_by_rules": rules.name if rules else None,
+        "target": name, "menu": [*names], "served_by_rules": rules.name if rules else None,
         "measured_kl": kl, "reloaded_kl": found["reloaded_kl"],
         "kl_ratio": found["reloaded_kl"] / kl, "tensor_bytes": found.get("weight_bytes"),
+        "vllm": found.get("vllm"),
         "write_seconds": writing, "copy_seconds": copying, "write_over_copy": writing / copying,
     }  # fmt: skip
 

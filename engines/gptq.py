@@ -2,7 +2,8 @@
 
 A matrix lies there turned over: words of codes run along the inputs, one column an output. Our
 streams are the same bits, so nothing is quantized again. Symmetric integers have the zero point
-2^(b-1), stored less one.
+2^(b-1), stored as such (`gptq_v2`). The older form stores it less one, and GPTQModel (7.0) puts that back
+with the bits of the whole checkpoint, which breaks layers that have others; vLLM reads neither.
 """
 
 import json
@@ -42,6 +43,8 @@ FUSED = {
 }
 """What vLLM calls the matrix that a module is a part of, and looks rules up by."""
 USUAL_GROUP = 128
+VERSION = "gptq_v2"
+FEW_BITS = ("int2", "int3")
 SKIP, CHANGE = "-:", "+:"
 """How keys of `dynamic` begin; a regular expression that module names are matched with follows."""
 
@@ -78,7 +81,7 @@ class GPTQCheckpoint(CheckpointTarget):
         format, (rows, columns) = integer(packed.format), packed.shape
         bits, group = format.element.bits, group_of(format, columns)
         scales = packed.tensors["scales"]
-        zeros = torch.full((scales.shape[-1], rows), 2 ** (bits - 1) - 1)
+        zeros = torch.full((scales.shape[-1], rows), 2 ** (bits - 1))
         return {
             "qweight": as_words(packed.tensors["codes"]).mT,
             "qzeros": as_words(pack_bits(zeros, bits)),
@@ -97,24 +100,25 @@ class GPTQCheckpoint(CheckpointTarget):
         return load_dense(folder, bank.dtype, trust_remote_code=bank.checkpoint.trust_remote_code)
 
     def remarks(self, export: Export, folder: Path) -> dict[str, Any]:
-        """How to serve it: vLLM's Marlin kernels are for 4 and 8 bits, its older ones for all."""
+        """How to serve it: vLLM has kernels for 4 and 8 bits, GPTQModel for all."""
         units = export.precision_map.weights
-        few = any(unit.scheme.weight.startswith(("int2", "int3")) for unit in units)
-        serve = "vllm serve DIR --dtype half" + (" --quantization gptq" if few else "")
-        options = {"quantization": "gptq"} if few else {}
-        found = served(export, folder, dtype="half", **options)
-        return {"serve": serve, "loader": "by the documented layout", **found}
+        refused = [unit.name for unit in units if unit.scheme.weight.startswith(FEW_BITS)]
+        serve = None if refused else "vllm serve DIR --dtype half"
+        found = {} if refused else served(export, folder, dtype="half")
+        told = {"serve": serve, "not_in_vllm": refused, "loader": "by the documented layout"}
+        return {**told, **found}
 
 
 def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder with dequantized weights, each as its configuration says."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    less = int(config["checkpoint_format"] != VERSION)
 
     def value_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         module = name.removesuffix(".weight")
         parts = {key: tensors[f"{module}.{key}"] for key in PARTS}
         format = integer(formats_of(config, [module])[module])
-        return _values(parts, format.element.bits).to(dtype)
+        return _values(parts, format.element.bits, less).to(dtype)
 
     return assembled(folder, dtype, value_of, trust_remote_code=trust_remote_code)
 
@@ -129,7 +133,7 @@ def config_of(formats: Mapping[str, str]) -> dict[str, Any]:
         elif format != base:
             dynamic[CHANGE + _exactly(name)] = bits_and_group(format)
     return {
-        "quant_method": "gptq", "checkpoint_format": "gptq", "desc_act": False, "lm_head": False,
+        "quant_method": "gptq", "checkpoint_format": VERSION, "desc_act": False, "lm_head": False,
         **bits_and_group(base), "dynamic": dynamic,
     }  # fmt: skip
 
@@ -169,12 +173,12 @@ def _exactly(name: str) -> str:
     return f"^{place}({leaf}|{FUSED[leaf]})$" if leaf in FUSED else f"^{place}{re.escape(leaf)}$"
 
 
-def _values(parts: Mapping[str, Tensor], bits: int) -> Tensor:
-    """The scales times (codes - (zeros + 1)), outputs x inputs; `g_idx` is each input's group."""
+def _values(parts: Mapping[str, Tensor], bits: int, less: int) -> Tensor:
+    """Scales times (codes - zeros), outputs x inputs; `g_idx` is each input's group."""
     group = parts["g_idx"].long()
     scales = parts["scales"].float().mT
     rows = scales.shape[0]
     stream = parts["qweight"].mT.contiguous().view(torch.uint8)
     codes = unpack_bits(stream, bits, stream.shape[-1] * 8 // bits)
-    zeros = unpack_bits(parts["qzeros"].contiguous().view(torch.uint8), bits, rows).mT + 1
+    zeros = unpack_bits(parts["qzeros"].contiguous().view(torch.uint8), bits, rows).mT + less
     return (codes - zeros[:, group]) * scales[:, group]

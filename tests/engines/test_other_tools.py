@@ -2,6 +2,9 @@
 skipped (`pip install --no-deps nvidia-modelopt llmcompressor auto-round mlx mlx-cpu mlx-lm`, and
 what they ask for)."""
 
+import os
+import subprocess
+
 import pytest
 import torch
 import transformers
@@ -10,9 +13,14 @@ import yaml
 from engines import Export, load_target
 from engines.mlx import load_dense
 from evaluation.evaluator import Evaluator
+from quantization.adapter import describe
+from quantization.bank import Bank
+from quantization.checkpoints import resolve
 from quantization.precision_map import ModelEntry, build_map
+from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
-from tests.conftest import make_tokenizer, tiny_config
+from tests.conftest import choices_of, make_tokenizer, save_tiny, tiny_config
+from tests.engines.test_checkpoint_targets import mixed_export
 from tests.engines.test_exports import CHUNKS
 from tests.engines.test_recipes import map_of
 
@@ -114,3 +122,39 @@ def test_mlx_lm_computes_what_was_measured(make_bank, tmp_path):
     with torch.inference_mode():
         wanted = load_dense(tmp_path, torch.float32)(torch.from_numpy(CHUNKS[:1])).logits
     assert float((found - wanted).norm() / wanted.norm()) < 1e-3
+
+
+LOADED = """
+import sys, torch
+from gptqmodel import BACKEND, GPTQModel
+found = GPTQModel.load(sys.argv[1], device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16).model
+torch.save(found(torch.load(sys.argv[2])).logits.detach().float(), sys.argv[3])
+"""
+
+
+@pytest.mark.skipif(
+    "BITFRONT_GPTQMODEL" not in os.environ,
+    reason="$BITFRONT_GPTQMODEL names no Python of an environment with GPTQModel",
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_gptqmodel_computes_what_was_measured(tmp_path, family):
+    """Layers of 2, 3, 4 and 8 bits in one checkpoint, and experts."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    more = {"moe_intermediate_size": 128} if family == "qwen3_moe" else {}
+    folder = save_tiny(family, tmp_path / "model", **sizes, **more)
+    checkpoint = resolve(str(folder))
+    bank = Bank(checkpoint, describe(checkpoint), QUANTIZERS["rtn"], torch.float32)
+    menu = ["int4-g32", "int8-g32", "int3-g32", "int2-g32"]
+    bank.build(choices_of(bank.layout, [Scheme(name) for name in [*menu, "bf16"]]))
+    export = mixed_export(bank, menu)
+    (made := tmp_path / "made").mkdir()
+    load_target("gptq").write(export, made)
+    ids = torch.from_numpy(CHUNKS[:1])
+    torch.save(ids, tmp_path / "ids.pt")
+    places = [str(made), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")]
+    python = os.environ["BITFRONT_GPTQMODEL"]
+    subprocess.run([python, "-c", LOADED, *places], check=True, cwd=tmp_path)
+    found = torch.load(tmp_path / "logits.pt")[0].log_softmax(-1)
+    own = export.evaluator.logits(export.precision_map.schemes, CHUNKS[0]).log_softmax(-1)
+    kl = float((own.exp() * (own - found)).sum(-1).mean())
+    assert kl < 0.05 * export.measured_kl

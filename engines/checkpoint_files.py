@@ -23,6 +23,9 @@ FILE_BYTES = 4 * 10**9
 BESIDE = ("*.py", "generation_config.json")
 """What a model's own code and its way of ending need."""
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+OURS = ("torch_dtype", "quantization_config", "quantization")
+"""Of a model's configuration, what an export says itself or leaves out."""
 
 
 def write_checkpoint(
@@ -50,10 +53,29 @@ def write_checkpoint(
         setattr(described, name, value)
     with readable(str(folder)):
         described.save_pretrained(folder)
+        _add_older_names(folder / CONFIG, described, Path(checkpoint.folder, CONFIG))
         load_tokenizer(checkpoint).save_pretrained(folder)
     for pattern in BESIDE:
         for file in Path(checkpoint.folder).glob(pattern):
             shutil.copyfile(file, folder / file.name)
+
+
+def _add_older_names(file: Path, described: Any, original: Path) -> None:
+    """What runtimes read that don't ask transformers, and its release 5 has renamed.
+
+    Args:
+        file: the configuration that it has written.
+        described: the same in memory.
+        original: the model's own, which may not be there.
+    """
+    written = json.loads(file.read_text())
+    older = json.loads(original.read_text()) if original.exists() else {}
+    aliases = getattr(described, "attribute_map", {}).items()
+    older |= {old: written[new] for old, new in aliases if new in written}
+    if "rope_theta" in (rope := written.get("rope_parameters") or {}):
+        older["rope_theta"] = rope["rope_theta"]
+    kept = {name: value for name, value in older.items() if name not in OURS}
+    file.write_text(json.dumps({**kept, **written}, indent=2, sort_keys=True) + "\n")
 
 
 def assembled(

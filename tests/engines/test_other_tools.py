@@ -102,12 +102,13 @@ def test_auto_round_quantizes_as_it_is_told(tmp_path, monkeypatch):
     assert told("lm_head")[0] == 16
 
 
-def test_mlx_lm_computes_what_was_measured(make_bank, tmp_path):
-    """Of several formats and a quantized embedding, which is the head as well."""
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral"])
+def test_mlx_lm_computes_what_was_measured(make_bank, tmp_path, family):
+    """Of several formats, a quantized embedding, which is the head as well, and experts."""
     mlx_lm = pytest.importorskip("mlx_lm")
     import mlx.core as mx
 
-    bank = make_bank("qwen3")
+    bank = make_bank(family)
     names = ["int4-g32-bf16", "int3-g32-bf16", "int6-g32-bf16", "int8-g32-bf16"]
     schemes = [Scheme(names[i % len(names)]) for i in range(len(bank.layout.units))]
     bank.build([[scheme] for scheme in schemes])

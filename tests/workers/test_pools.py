@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from quantization.errors import BitfrontError, MeasurementError, WorkerError
+from quantization.schemes import Scheme
 from sensitivity import ESTIMATORS, merge
 from tests.conftest import choices_of
 from workers.pool import InProcessPool, Task
@@ -15,6 +16,7 @@ from workers.ray_pool import Needs, RayPool
 from workers.session import Session, SessionSpec
 
 IDS = np.random.default_rng(0).integers(2, 300, (6, 32))
+MENU = [Scheme("int3-g32"), Scheme("int4-g64-asym"), Scheme("nf4-g64"), Scheme("bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def spec(make_bank):
         checkpoint=bank.checkpoint,
         layout=bank.layout,
         quantizer="rtn",
-        choices=tuple(tuple(s.name for s in row) for row in choices_of(bank.layout)),
+        choices=tuple(tuple(s.name for s in row) for row in choices_of(bank.layout, MENU)),
         dtype="float32",
         threads=1,
         cache=os.environ["BITFRONT_CACHE"],

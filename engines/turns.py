@@ -35,10 +35,11 @@ def timing_beside(own: Seconds, reference: Seconds, usual_s: float) -> Timing:
         reference: what takes turns with it.
         usual_s: what the reference usually takes, in whose terms the time is told.
     """
-    ratios = []
+    ratios, before = [], reference()
     for _ in range(REPEATS):
-        before, taken, after = reference(), own(), reference()
+        taken, after = own(), reference()
         ratios.append(2 * taken / (before + after))
+        before = after
     low, median, high = np.percentile(np.array(ratios) * usual_s, [25, 50, 75])
     return Timing(float(median), float(high - low) / 2)
 

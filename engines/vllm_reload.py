@@ -16,6 +16,7 @@ import torch
 
 from engines import vllm_script
 from engines.base import Export
+from quantization.checkpoints import load_config
 from quantization.errors import ExportError
 
 PYTHON = "BITFRONT_VLLM"
@@ -24,6 +25,8 @@ CHUNKS = 4
 TOLERANCE_NATS = 0.05
 """Per token, of the likelihood."""
 LONGEST_S = 1800
+TOLD = 300
+"""Characters of what vLLM says."""
 
 
 def served(export: Export, folder: Path, **options: Any) -> dict[str, Any]:
@@ -47,7 +50,10 @@ def served(export: Export, folder: Path, **options: Any) -> dict[str, Any]:
         return {}
     assert export.evaluator is not None
     assert export.chunks is not None
-    chunks = export.chunks[:CHUNKS]
+    config = load_config(export.evaluator.bank.checkpoint)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    room = longest - vllm_script.STEPS if longest else None  # vLLM takes no longer ones
+    chunks = export.chunks[:CHUNKS, :room]
     request = {"folder": str(folder), "chunks": chunks.tolist(), "options": options}
     found = _run(python, request)
     if "refused" in found:
@@ -96,5 +102,6 @@ def _run(python: str, request: Mapping[str, Any]) -> dict[str, Any]:
         if line.startswith(vllm_script.MARK):
             found: dict[str, Any] = json.loads(line.removeprefix(vllm_script.MARK))
             return found
-    told = [line for line in done.stderr.splitlines() if "Error" in line]
-    return {"refused": " ".join((told or done.stderr.splitlines() or ["no word"])[-1].split())}
+    lines = done.stderr.splitlines()
+    last = max((i for i, line in enumerate(lines) if "Error" in line), default=-1)
+    return {"refused": " ".join(" ".join(lines[last:]).split())[:TOLD] or "no word"}

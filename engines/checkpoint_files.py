@@ -121,8 +121,9 @@ def assembled(
             )
         _place(module, parameter, nn.Parameter(value, requires_grad=False))
     for name, buffer in module.named_buffers():
-        if name in tensors:
-            buffer.copy_(tensors[name])
+        (place,) = places_in(known, name)
+        if place.name in tensors:
+            buffer.copy_(tensors[place.name])
     return module.eval()
 
 

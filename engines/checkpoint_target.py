@@ -68,6 +68,7 @@ class CheckpointTarget(Target):
         bank, schemes = export.evaluator.bank, export.precision_map.schemes
         check_served(self.rules, bank.checkpoint, bank.layout, schemes)
         places = self.places(skeleton(bank.checkpoint, bank.dtype))
+        self._check_split(bank.layout, schemes, places)
         named = as_files_call(bank.layout, places)
         config = {"dtype": self.dtype, **self.config_of(named, schemes)}
         metadata = self.metadata(bank.layout, schemes)
@@ -98,6 +99,18 @@ class CheckpointTarget(Target):
         """A tensor's name in the file."""
         return f"{parameter.removesuffix('.weight')}.{name}"
 
+    def _check_split(self, layout: Layout, schemes: Sequence[Scheme], places: Places) -> None:
+        """Refuse quantized experts that files hold otherwise than one by one."""
+        for unit, scheme in zip(layout.units, schemes, strict=True):
+            quantized = unit.sites if unit.kind == "experts" and not scheme.exact else ()
+            for site in quantized:
+                if site.parameter not in places:
+                    raise ExportError(
+                        f"{site.name} isn't stored expert by expert in files of this kind of model, "
+                        f"which is all that {self.name} is written for; pin it to {FULL_PRECISION}, or "
+                        "export to packed"
+                    )
+
     def places(self, module: Any) -> Places:
         """What its files hold of a model of transformers, where that differs from the model."""
         return places_of(module)
@@ -109,11 +122,13 @@ class CheckpointTarget(Target):
         for unit, scheme in zip(bank.layout.units, schemes, strict=True):
             for site in unit.stored:
                 made = bank.packed_parameters(unit, scheme, site.parameter)
-                for place in places_in(places, site.parameter):
-                    if scheme.weight == FULL_PRECISION:
-                        values = made.tensors["values"].view(torch.bfloat16).to(self.dtype)
-                        yield place.name, place.of(values.mT if site.transposed else values)
-                        continue
+                own = places_in(places, site.parameter)
+                if scheme.weight == FULL_PRECISION:
+                    values = made.tensors["values"].view(torch.bfloat16).to(self.dtype)
+                    values = values.mT if site.transposed else values
+                    yield from ((place.name, place.of(values)) for place in own)
+                    continue
+                for place in own:
                     for name, tensor in self.stored_in(scheme, place.packed(made)).items():
                         yield self.name_of(place.name, name), tensor
         for name, tensor in bank.rest().items():

@@ -1,11 +1,12 @@
 """What files call a model's matrices: transformers merges and renames some of them on the way in.
 
 Experts lie one by one in files, their gates apart from their ups; in the model a layer's are one
-parameter. The numbers of a parameter's rows are sent the way back that transformers sends weights
+parameter. What loads such files goes by their names, so all of the model has those. The numbers of a parameter's rows are sent the way back that transformers sends weights
 when it saves a model: where they come out says what the files hold.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,6 +18,8 @@ from torch import Tensor
 from quantization.formats import Packed
 from quantization.units import Layout, Site
 
+EXPERTS = 3
+"""Dimensions of packed ones."""
 ANY = "*"
 """Stands for the numbers of all experts in names of modules."""
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -52,38 +55,49 @@ class Place:
 
     def packed(self, whole: Packed) -> Packed:
         """Its part of a packed parameter."""
-        tensors = {name: self.of(tensor) for name, tensor in whole.tensors.items()}
+        parts = {name: self.of(tensor) for name, tensor in whole.tensors.items()}
+        # a scale of all rows goes into several matrices, and files want no tensor twice
+        tensors = {n: t.clone() if self.rows and t.shape[-2] == 1 else t for n, t in parts.items()}
         leading = whole.shape[:-2] if self.expert is None else ()
         rows = self.rows or whole.shape[-2]
         return Packed(whole.format, (*leading, rows, whole.shape[-1]), tensors)
 
 
 Places = Mapping[str, tuple[Place, ...]]
-"""Of each parameter that files hold otherwise than the model, or under another name."""
+"""Of each parameter and buffer that files hold otherwise than the model, or under another name."""
 
 
 def places_of(module: Any) -> Places:
-    """Where the files of a model of transformers have its parameters.
+    """Where the files of a mixture of experts have its parameters; nothing for other models.
+
+    Without experts to take apart the model's own names stay: transformers matches configurations by them.
 
     Args:
-        module: the model; on the meta device will do.
+        module: a model of transformers; on the meta device will do.
     """
+    if not any(parameter.dim() == EXPERTS for parameter in module.parameters()):
+        return {}
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # releases before 5 convert nothing
         return {}
     found: dict[str, tuple[Place, ...]] = {}
-    for name, parameter in module.named_parameters():
+    saved = module.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in module.named_buffers() if name in saved]
+    for name, parameter in [*module.named_parameters(), *buffers]:
         *experts, rows = parameter.shape[:-1] if parameter.dim() > 1 else (parameter.numel(),)
         numbers = torch.arange(prod([*experts, rows])).reshape(*experts, rows, 1)
         try:
             saved = revert_weight_conversion(module, {name: numbers})
-        except Exception:  # noqa: S112 -- what it wants more than one parameter for; kept as it is
+        except Exception:  # noqa: S112 -- other people's operations, some of which want more than this one
             continue
         places = tuple(_place(n, t.flatten(), experts, rows) for n, t in saved.items())
         if None not in places and places != (Place(name),):
             found[name] = places  # type: ignore[assignment]
-    return found
+    counts = Counter(place.name for places in found.values() for place in places)
+    alone = {n: p for n, p in found.items() if all(counts[place.name] == 1 for place in p)}
+    split = any(place.expert is not None for places in alone.values() for place in places)
+    return alone if split else {}
 
 
 def _place(name: str, numbers: Tensor, experts: list[int], rows: int) -> Place | None:

@@ -34,7 +34,7 @@ LLAMA = "llama.cpp"
 PREFIX = "gguf-"
 PLAIN_TYPES = {"f32": FULL_PRECISION, "f16": FULL_PRECISION, "bf16": FULL_PRECISION}
 READERS = {
-    "compressed-tensors": "engines.compressed_tensors",
+    "compressed-tensors": "engines.compressed_config",
     "gptq": "engines.gptq",
     "torchao": "engines.torchao",
 }
@@ -126,7 +126,9 @@ def _of_config(
     if method not in READERS:
         raise ModelError(f"'{path}' is quantized by '{method}'; maps are read of {KNOWN}")
     head = method != "gptq" or config.get("lm_head")
-    modules = _modules(layout, places_of(skeleton(checkpoint, torch.float32)), head=bool(head))
+    places = places_of(skeleton(checkpoint, torch.float32))
+    places = {} if method == "torchao" else places  # whose experts stay as they are
+    modules = _modules(layout, places, head=bool(head))
     try:
         read: Callable[..., dict[str, str]] = import_module(READERS[method]).formats_of
         formats = _of_sites(read(config, [*chain(*modules.values())]), modules)
@@ -140,7 +142,7 @@ def _caches(method: Any, config: Mapping[str, Any], layout: Layout) -> dict[str,
     """Of compressed-tensors, which alone says it in the checkpoint: one format for all of it."""
     if method != "compressed-tensors" or not config.get("kv_cache_scheme"):
         return {}
-    from engines.compressed_tensors import cache_format_of
+    from engines.compressed_config import cache_format_of
 
     if not (names := _names(layout, "cache")):
         raise ExportError(
@@ -170,7 +172,12 @@ def _modules(
         *(["head"] if head else []),
         *(["embedding"] if embedding else []),
     }
-    sites = [site for unit in layout.units if unit.kind in kinds for site in unit.sites]
+    sites = [
+        site
+        for unit in layout.units
+        for site in unit.sites
+        if unit.kind in kinds and (unit.kind != "experts" or site.parameter in places)
+    ]
     return {
         site.name: [p.module for p in places[site.parameter]]
         if site.parameter in places

@@ -40,6 +40,7 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
 }
 """What vLLM calls the matrix that a module is a part of, and looks rules up by."""
 USUAL_GROUP = 128
@@ -114,11 +115,16 @@ def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     less = int(config["checkpoint_format"] != VERSION)
 
+    formats: dict[str, str] = {}  # of all at once: there may be thousands of rules
+
     def value_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        if not formats:
+            suffix = f".{PARTS[0]}"
+            made = [n.removesuffix(suffix) for n in tensors if n.endswith(suffix)]
+            formats.update(formats_of(config, made))
         module = name.removesuffix(".weight")
         parts = {key: tensors[f"{module}.{key}"] for key in PARTS}
-        format = integer(formats_of(config, [module])[module])
-        return _values(parts, format.element.bits, less).to(dtype)
+        return _values(parts, integer(formats[module]).element.bits, less).to(dtype)
 
     return assembled(folder, dtype, value_of, trust_remote_code=trust_remote_code)
 
@@ -147,11 +153,15 @@ def formats_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str
         ExportError: bits or groups that no format of ours stands for.
     """
     found = {}
+    rules = [
+        (re.compile(rule.removeprefix(SKIP).removeprefix(CHANGE)), rule.startswith(SKIP), change)
+        for rule, change in (config.get("dynamic") or {}).items()
+    ]
     for name in names:
         arguments: dict[str, Any] | None = dict(config)
-        for rule, change in (config.get("dynamic") or {}).items():
-            if re.match(rule.removeprefix(SKIP).removeprefix(CHANGE), name):
-                arguments = None if rule.startswith(SKIP) else {**config, **change}
+        for pattern, skips, change in rules:
+            if pattern.match(name):
+                arguments = None if skips else {**config, **change}
                 break
         found[name] = FULL_PRECISION if arguments is None else _format_of(arguments)
     return found
@@ -165,10 +175,12 @@ def _format_of(arguments: Mapping[str, Any]) -> str:
 
 def _exactly(name: str) -> str:
     """A pattern for a module, and for what vLLM fuses it into."""
-    if ANY in name:  # vLLM looks for the module that holds them all
-        mixture, _, leaf = name.partition(f".{ANY}.")
-        return f"^{re.escape(mixture)}(\\.\\d+\\.{re.escape(leaf)})?$"
     parent, _, leaf = name.rpartition(".")
+    if ANY in name:  # vLLM looks for the module that holds them all
+        mixture = parent.removesuffix(f".{ANY}")
+        return f"^{re.escape(mixture)}(\\.\\d+\\.{re.escape(leaf)})?$"
+    if parent.endswith(".experts"):
+        return f"^{re.escape(parent)}(\\.{re.escape(leaf)})?$"
     place = re.escape(f"{parent}." if parent else "")
     return f"^{place}({leaf}|{FUSED[leaf]})$" if leaf in FUSED else f"^{place}{re.escape(leaf)}$"
 

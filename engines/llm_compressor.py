@@ -7,7 +7,7 @@ oneshot(model=MODEL, recipe="recipe.yaml")
 from collections.abc import Mapping
 from typing import Any
 
-from engines.compressed_tensors import arguments_of, format_of
+from engines.compressed_config import arguments_of, format_of
 from engines.recipe import Recipe, canonical
 from quantization.schemes import FULL_PRECISION
 

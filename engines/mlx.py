@@ -6,6 +6,7 @@ power of two that no type rounds, and its words of codes are our streams: nothin
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from quantization.units import Layout
 AFFINE = "affine"
 STACKED = "switch_mlp"
 """What MLX's models call all experts of a layer together."""
-GATED, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
+LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""Other names of an expert's matrices."""
 
 
 class MLX(Declared):
@@ -75,14 +77,8 @@ class MLXCheckpoint(CheckpointTarget):
         """See `CheckpointTarget.places`: all gates of a layer in one tensor, all ups, all downs."""
         found = dict(places_of(module))
         for name, places in found.items():
-            own = [place for place in places if place.expert == 0]
-            leaves = GATED if len(own) == len(GATED) else DOWN
-            if own:
-                path = own[0].name.partition(".experts.")[0]
-                found[name] = tuple(
-                    Place(f"{path}.{STACKED}.{leaf}.weight", None, place.start, place.rows)
-                    for place, leaf in zip(own, leaves, strict=True)
-                )
+            if own := [place for place in places if place.expert == 0]:
+                found[name] = tuple(replace(p, name=_stacked(p), expert=None) for p in own)
         return found
 
     def metadata(self, layout: Layout, schemes: Sequence[Scheme]) -> Mapping[str, str]:
@@ -122,6 +118,13 @@ def load_dense(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = Fa
         places=MLXCheckpoint().places,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _stacked(place: Place) -> str:
+    """The tensor of all experts, of one's."""
+    path, _, rest = place.module.partition(".experts.")
+    leaf = rest.rpartition(".")[2]
+    return f"{path}.{STACKED}.{LEAVES.get(leaf, leaf)}.weight"
 
 
 def config_of(formats: Mapping[str, str]) -> dict[str, Any]:

@@ -74,6 +74,9 @@ class PackedCheckpoint(CheckpointTarget):
         }
         return {MARK: json.dumps(packed)}
 
+    def _check_split(self, layout: Layout, schemes: Sequence[Scheme], places: Places) -> None:
+        """Nothing is taken apart."""
+
     def places(self, module: Any) -> Places:
         """See `CheckpointTarget.places`: all is as it is in the model."""
         return {}

@@ -101,8 +101,14 @@ def find_units(model: nn.Module) -> Layout:
         for name, p in model.named_parameters()
         if name not in placed and p.dim() > 1
     )
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in [*model.parameters(), *_saved_buffers(model)])
     return Layout(units, kept, total - sum(unit.numel for unit in units), trace.cache)
+
+
+def _saved_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """What checkpoints hold beside parameters, such as a router's corrections."""
+    saved = model.state_dict().keys()
+    return [b for name, b in model.named_buffers() if name in saved and b.is_floating_point()]
 
 
 @dataclass

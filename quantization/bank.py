@@ -149,6 +149,7 @@ class Bank:
         site = next(site for site in unit.stored if site.parameter == parameter)
         if scheme.weight == FULL_PRECISION:
             weight = self.reference(unit)[parameter].float()
+            weight = weight.mT if site.transposed else weight
             made = QUANTIZERS["rtn"].quantize(weight, FORMATS[FULL_PRECISION], NOTHING_KNOWN)
         else:
             weights = {parameter: self._weights[parameter]}

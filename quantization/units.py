@@ -120,7 +120,8 @@ class Layout:
     Args:
         units: in the order of the forward pass, embedding first, head last (unless tied).
         kept: layers that weren't placed, by name and reason.
-        other_numel: parameters outside units: norms, biases, `kept`; stored in bf16.
+        other_numel: parameters outside units (norms, biases, `kept`) and buffers of the checkpoint; stored
+            in bf16.
         cache: the layers' KV caches; empty if the model could not be traced.
     """
 

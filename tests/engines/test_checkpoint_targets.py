@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engines import (
     Export,
     checkpoint_files,
-    compressed_tensors,
+    compressed_config,
     gptq,
     load_engine,
     load_target,
@@ -244,9 +244,9 @@ def begun(checkpoint, chosen):
 def test_compressed_tensors_reads_back_as_the_map(llama, chosen):
     pytest.importorskip("compressed_tensors")
     layout, schemes = begun(llama, chosen)
-    config = json.loads(json.dumps(compressed_tensors.config_of(layout, schemes)))
+    config = json.loads(json.dumps(compressed_config.config_of(layout, schemes)))
     wanted = named(layout, schemes)
-    assert compressed_tensors.formats_of(config, list(wanted)) == wanted
+    assert compressed_config.formats_of(config, list(wanted)) == wanted
 
 
 @settings(max_examples=10, deadline=None)
@@ -329,8 +329,8 @@ def test_compressed_tensors_says_what_the_cache_is_kept_in(llama, tmp_path):
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not [name for name, _ in plain.named_parameters() if "k_scale" in name]  # nor missing
     theirs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
-    assert compressed_tensors.cache_format_of({"kv_cache_scheme": theirs}) == "fp8-e4m3"
-    assert compressed_tensors.cache_format_of({"kv_cache_scheme": None}) == "bf16"
+    assert compressed_config.cache_format_of({"kv_cache_scheme": theirs}) == "fp8-e4m3"
+    assert compressed_config.cache_format_of({"kv_cache_scheme": None}) == "bf16"
 
 
 ACTIVE = [
@@ -380,7 +380,7 @@ def test_activations_are_quantized_by_what_loads_it(llama, tmp_path, name, menu)
         return
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     sites = [s.name for u in layout.units if u.kind == "linear" for s in u.sites]
-    read = compressed_tensors.formats_of(config, sites)
+    read = compressed_config.formats_of(config, sites)
     wanted = {
         site: Scheme(unit.scheme.weight, unit.scheme.activation).name
         for unit in export.precision_map.units

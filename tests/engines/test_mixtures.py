@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines import Export, load_target
+from engines import Export, gptq, load_target
 from engines.file_names import ANY, as_files_call, places_of
 from engines.foreign import read_map
 from evaluation.evaluator import Evaluator
@@ -18,7 +18,7 @@ from quantization.weights import skeleton
 from tests.conftest import choices_of
 from tests.engines.test_exports import CHUNKS
 
-FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
 MENUS = {
     "compressed-tensors": [
         "int4-g32-bf16", "fp8-e4m3", "int3-g32-asym-bf16", "int8-channel-bf16/int8-token", "nvfp4", "bf16",
@@ -40,6 +40,8 @@ def mixture(make_bank):
         rules, schemes = load_target(name).rules, []
         for number, unit in enumerate(bank.layout.units):
             wanted = menu[number % len(menu)]
+            if unit.kind == "experts":  # there are few of these, and the last scheme is exact
+                wanted = menu[unit.layer % (len(menu) - 1)] if len(menu) > 1 else menu[0]
             served = unit.layer is not None and not rules.unit_refusal(unit, wanted)
             schemes.append(wanted if served else Scheme("bf16"))
         evaluator = Evaluator(bank, torch.device("cpu"))
@@ -68,7 +70,7 @@ def test_it_is_read_back_as_it_was_measured(mixture, tmp_path, name, family):
     for unit, scheme in zip(bank.layout.units, schemes, strict=True):
         if unit.layer is not None:
             wanted = {scheme.name.replace("-bf16", "-real") if name == "mlx" else scheme.name}
-            assert {read[site.name] for site in unit.sites} == wanted
+            assert {read.get(site.name, "bf16") for site in unit.sites} == wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,15 +94,64 @@ def test_files_call_things_as_transformers_does(mixture, tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_rows_of_all_places_are_the_parameter(make_bank, family):
     """Every number of a packed parameter lies in exactly one matrix of the files."""
-    checkpoint = make_bank(family).checkpoint
-    module = skeleton(checkpoint, torch.float32)
-    for name, places in places_of(module).items():
-        parameter = module.get_parameter(name)
-        if parameter.dim() == 3:
-            seen = torch.zeros(parameter.shape)
-            for place in places:
-                place.of(seen).add_(1)
-            assert bool((seen == 1).all())
+    module = skeleton(make_bank(family).checkpoint, torch.float32)
+    places = places_of(module)
+    packed = {name: p for name, p in module.named_parameters() if p.dim() == 3}
+    assert packed
+    for name, parameter in packed.items():
+        seen = torch.zeros(parameter.shape)
+        for place in places[name]:
+            place.of(seen).add_(1)
+        assert bool((seen == 1).all())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "gpt_oss", "granitemoe"])
+def test_models_without_experts_to_take_apart_keep_their_names(make_bank, family):
+    assert places_of(skeleton(make_bank(family).checkpoint, torch.float32)) == {}
+
+
+def test_experts_that_files_hold_together_are_refused(make_bank, tmp_path):
+    """By name and with what helps; in full precision they are exported."""
+    bank = make_bank("granitemoe")
+    bank.build(choices_of(bank.layout, [Scheme("int4-g32"), Scheme("bf16")]))
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    entry = ModelEntry(name="tiny", weights_hash="0" * 64)
+    for kinds, refused in ((("linear", "experts"), True), (("linear",), False)):
+        schemes = [Scheme("int4-g32" if u.kind in kinds else "bf16") for u in bank.layout.units]
+        losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+        kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+        pairs = [(scheme.weight, "bf16") for scheme in schemes]
+        export = Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl)
+        if refused:
+            with pytest.raises(ExportError, match="isn't stored expert by expert"):
+                load_target("gptq").write(export, tmp_path)
+        else:
+            load_target("gptq").write(export, tmp_path)
+            assert load_target("gptq").check(export, tmp_path)["reloaded_kl"] == pytest.approx(
+                kl, rel=0.02
+            )
+
+
+def test_transposed_experts_stay_as_they_are(make_bank, tmp_path):
+    """gpt-oss stores inputs before outputs; vLLM asks for the module that holds its experts."""
+    bank = make_bank("gpt_oss")
+    bank.build(choices_of(bank.layout, [Scheme("int4-g32"), Scheme("bf16")]))
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    kinds = [u.kind for u in bank.layout.units]
+    schemes = [Scheme("int4-g32" if kind == "linear" else "bf16") for kind in kinds]
+    assert "experts" in kinds
+    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    pairs = [(scheme.weight, "bf16") for scheme in schemes]
+    entry = ModelEntry(name="tiny", weights_hash="0" * 64)
+    export = Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl)
+    load_target("gptq").write(export, tmp_path)
+    assert load_target("gptq").check(export, tmp_path)["reloaded_kl"] == pytest.approx(kl, rel=0.02)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    path = "model.layers.1.mlp.experts"
+    assert gptq.formats_of(config, [path]) == {path: "bf16"}
+    read = read_map(tmp_path, bank.checkpoint, bank.layout).formats
+    assert not any("experts" in name for name in read)
 
 
 def test_a_rule_covers_all_experts_and_what_vllm_asks_for(make_bank):
@@ -114,10 +165,8 @@ def test_a_rule_covers_all_experts_and_what_vllm_asks_for(make_bank):
     ]
     schemes = [Scheme("int4-g32") if u.layer == 1 else Scheme("bf16") for u in named.units]
     config = load_target("gptq").config_of(named, schemes)["quantization_config"]
-    from engines.gptq import formats_of
-
     names = [path, f"{path}.3.up_proj", "model.layers.0.mlp.experts.3.up_proj"]
-    assert [*formats_of(config, names).values()] == ["int4-g32", "int4-g32", "bf16"]
+    assert [*gptq.formats_of(config, names).values()] == ["int4-g32", "int4-g32", "bf16"]
 
 
 def test_experts_that_others_quantized_apart_are_told(mixture, tmp_path):

@@ -47,6 +47,10 @@ def _show_one(rules: Rules, as_json: bool) -> None:
     facts = Table("what", "value")
     for kind, why in found["kept"].items():
         facts.add_row(f"{kind} in bf16", why)
+    if found["experts"]:
+        alike = found["experts"] == found["formats"]
+        names = ", ".join(served["formats"] for served in found["experts"])
+        facts.add_row("experts", "as other matrices" if alike else names)
     facts.add_row("KV cache", ", ".join(found["cache"]))
     for source in found["sources"]:
         facts.add_row("source", source)
@@ -67,7 +71,7 @@ def document(rules: Rules) -> dict[str, Any]:
 def _in_code(rules: Rules) -> dict[str, Any]:
     module = type(rules).__module__.replace(".", "/")
     return {
-        "name": rules.name, "title": rules.name, "version": None, "formats": [], "kept": {},
+        "name": rules.name, "title": rules.name, "version": None, "formats": [], "experts": [], "kept": {},
         "cache": ["bf16"], "sources": [f"{module}.py"],
     }  # fmt: skip
 

@@ -48,6 +48,8 @@ def export_point(
         if any(target.needs_model for target in targets)
         else Export(chosen)
     )
+    for target in targets:
+        target.refuse(export)
     return [_exported(front, point, target, export, places[target.name]) for target in targets]
 
 

@@ -46,6 +46,13 @@ class Target(ABC):
     needs_model: bool
     engine: str | None = None
 
+    def refuse(self, export: Export) -> None:  # noqa: B027 -- some take any map
+        """Refuse a map that can't be written, before anything is.
+
+        Raises:
+            ExportError: with units and reasons.
+        """
+
     @abstractmethod
     def write(self, export: Export, folder: Path) -> None:
         """Write all files. The caller moves the folder to its place once `check` has passed."""

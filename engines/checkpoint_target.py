@@ -62,11 +62,17 @@ class CheckpointTarget(Target):
         """Whether what `load` gives quantizes activations by itself, as the checkpoint says."""
         return False
 
+    def refuse(self, export: Export) -> None:
+        """See `Target.refuse`."""
+        assert export.evaluator is not None
+        bank = export.evaluator.bank
+        check_served(self.rules, bank.checkpoint, bank.layout, export.precision_map.schemes)
+
     def write(self, export: Export, folder: Path) -> None:
         """See `Target.write`."""
+        self.refuse(export)
         assert export.evaluator is not None
         bank, schemes = export.evaluator.bank, export.precision_map.schemes
-        check_served(self.rules, bank.checkpoint, bank.layout, schemes)
         places = self.places(skeleton(bank.checkpoint, bank.dtype))
         self._check_split(bank.layout, schemes, places)
         named = as_files_call(bank.layout, places)

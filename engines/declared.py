@@ -128,8 +128,11 @@ class Declared(Rules):
 
     def variant(self, scheme: Scheme) -> Scheme:
         """See `Rules.variant`."""
+        from quantization.formats import FORMATS
+
         plain = scheme.weight.removesuffix(BF16_SCALES)
-        for weight in (scheme.weight, plain, plain + BF16_SCALES):
+        named = (scheme.weight, plain, plain + BF16_SCALES)
+        for weight in (name for name in named if name in FORMATS):
             found = Scheme(weight, scheme.activation)
             if any(served.matches(found) for served in self.runtime.formats):
                 return found

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from engines.file_names import Places, places_of
+from engines.neutral_map import FILE_NAME
 from quantization.checkpoints import Checkpoint, load_config
 from quantization.errors import ExportError, ModelError
 from quantization.formats import FORMATS
@@ -74,8 +75,9 @@ def read_map(path: Path, checkpoint: Checkpoint, layout: Layout) -> Foreign:
         ModelError: what it is, can't be told, or it doesn't fit the model.
         ExportError: it names what no format stands for.
     """
-    if path.is_dir():
-        path = path / "config.json"
+    if path.is_dir():  # an export of ours says more than its configuration
+        own = path / FILE_NAME
+        path = own if own.exists() else path / "config.json"
     if path.suffix == ".gguf":
         return _of_gguf(path, checkpoint, layout)
     try:

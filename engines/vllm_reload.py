@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping
 from math import exp
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ CHUNKS = 4
 TOLERANCE_NATS = 0.05
 """Per token, of the likelihood."""
 LONGEST_S = 1800
+MISSING = "No module named 'vllm'"
 TOLD = 300
 """Characters of what vLLM says."""
 
@@ -43,7 +45,7 @@ def served(export: Export, folder: Path, **options: Any) -> dict[str, Any]:
         it `refused`, which depends on the machine, too.
 
     Raises:
-        ExportError: it computes something else, or there is no such Python.
+        ExportError: it computes something else, or there is no such Python, or none with vLLM.
     """
     python = os.environ.get(PYTHON)
     if not python:
@@ -102,6 +104,10 @@ def _run(python: str, request: Mapping[str, Any]) -> dict[str, Any]:
         if line.startswith(vllm_script.MARK):
             found: dict[str, Any] = json.loads(line.removeprefix(vllm_script.MARK))
             return found
-    lines = done.stderr.splitlines()
+    if MISSING in done.stderr:
+        raise ExportError(
+            f"${PYTHON} is '{python}', which has no vLLM; install it there: pip install vllm"
+        )
+    lines = done.stderr.replace("[rank0]:", "").splitlines()
     last = max((i for i, line in enumerate(lines) if "Error" in line), default=-1)
-    return {"refused": " ".join(" ".join(lines[last:]).split())[:TOLD] or "no word"}
+    return {"refused": shorten(" ".join(lines[last:]), TOLD, placeholder=" …") or "no word"}

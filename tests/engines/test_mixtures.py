@@ -71,11 +71,21 @@ def test_it_is_read_back_as_it_was_measured(mixture, tmp_path, name, family):
     assert found["measured_kl"] > 0.001
     quantized = [u.kind for u, s in zip(bank.layout.units, schemes, strict=True) if not s.exact]
     assert ("experts" in quantized) == (name != "torchao")
-    read = read_map(tmp_path, bank.checkpoint, bank.layout).formats
+    read = read_map(tmp_path / "config.json", bank.checkpoint, bank.layout).formats
     for unit, scheme in zip(bank.layout.units, schemes, strict=True):
         if unit.layer is not None:
             wanted = {scheme.name.replace("-bf16", "-real") if name == "mlx" else scheme.name}
             assert {read.get(site.name, "bf16") for site in unit.sites} == wanted
+
+
+def test_an_exports_folder_is_read_as_the_map_itself(mixture, tmp_path):
+    """Where its configuration would say less: MLX's biases are free."""
+    export, schemes = mixture("mlx", "mixtral")
+    bank = export.evaluator.bank
+    load_target("mlx").write(export, tmp_path)
+    read = read_map(tmp_path, bank.checkpoint, bank.layout).formats
+    for unit, scheme in zip(bank.layout.units, schemes, strict=True):
+        assert {read[site.name] for site in unit.sites} == {scheme.name}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,7 +152,7 @@ def test_transposed_experts_stay_as_they_are(make_bank, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     path = "model.layers.1.mlp.experts"
     assert gptq.formats_of(config, [path]) == {path: "bf16"}
-    read = read_map(tmp_path, bank.checkpoint, bank.layout).formats
+    read = read_map(tmp_path / "config.json", bank.checkpoint, bank.layout).formats
     assert not any("experts" in name for name in read)
 
 
@@ -172,4 +182,4 @@ def test_experts_that_others_quantized_apart_are_told(mixture, tmp_path):
     config["quantization_config"]["dynamic"] = {f"+:{name}": {"bits": 3}, **rules}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=r"parts of model.layers.0.mlp.experts.gate_up_proj in"):
-        read_map(tmp_path, bank.checkpoint, bank.layout)
+        read_map(tmp_path / "config.json", bank.checkpoint, bank.layout)

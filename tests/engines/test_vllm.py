@@ -85,6 +85,12 @@ def test_what_vllm_refuses_is_told(export, tmp_path, talking):
     assert served(export, tmp_path)["vllm"] == {"refused": "ValueError: no kernel"}
 
 
+def test_a_python_without_vllm(export, tmp_path, talking):
+    talking("import vllm")
+    with pytest.raises(ExportError, match="which has no vLLM; install it there"):
+        served(export, tmp_path)
+
+
 def test_no_such_python(export, tmp_path, monkeypatch):
     monkeypatch.setenv(PYTHON, str(tmp_path / "nowhere"))
     with pytest.raises(ExportError, match=r"nowhere', which can't run vLLM"):

@@ -76,6 +76,10 @@ def test_export_writes_what_it_says(run, searched, tmp_path):
     assert document["reloaded_kl"] == pytest.approx(document["measured_kl"], rel=0.01)
     again = run("export", "--point", number, "-o", str(folder), ok=False)
     assert "is not empty; choose another folder, or add --force" in again.stderr
+    targets = "safetensors,compressed-tensors"  # the second has other scales: nothing is written
+    both = run("export", "--point", number, "--to", targets, "-o", str(tmp_path / "both"), ok=False)
+    assert "compressed-tensors can't serve" in both.stderr
+    assert not (tmp_path / "both").exists()
     assert list(tmp_path.glob(".*")) == []  # no half-written folders left
 
 

@@ -9,6 +9,7 @@ from engines import ENGINES, TARGETS, load_engine, load_target, target_of
 from engines.declared import Served, load_runtime
 from quantization.adapter import describe
 from quantization.errors import BitfrontError, UnknownNameError
+from quantization.formats import FORMATS
 from quantization.schemes import Scheme
 
 
@@ -30,6 +31,13 @@ def test_formats_that_differ_in_their_scales_are_offered(llama):
     assert load_engine("mlx").variant(ours) == theirs
     assert load_engine("gptq").variant(theirs) == ours
     assert load_engine("vllm").variant(Scheme("int3-g32")) == Scheme("int3-g32")
+
+
+def test_a_variant_is_a_format_that_there_is():
+    for engine in ENGINES:
+        rules = load_engine(engine)
+        found = [rules.variant(Scheme(name)).weight for name in FORMATS]
+        assert [name for name in found if name not in FORMATS] == []
 
 
 def test_every_engine_is_printed_with_its_target(capsys):

@@ -1,8 +1,9 @@
 """What files call a model's matrices: transformers merges and renames some of them on the way in.
 
 Experts lie one by one in files, their gates apart from their ups; in the model a layer's are one
-parameter. What loads such files goes by their names, so all of the model has those. The numbers of a parameter's rows are sent the way back that transformers sends weights
-when it saves a model: where they come out says what the files hold.
+parameter. What loads such files goes by their names, so all of the model gets those. The numbers of a
+parameter's rows are sent the way back that transformers sends weights when it saves a model: where they
+come out says what the files hold.
 """
 
 import re
@@ -88,10 +89,10 @@ def places_of(module: Any) -> Places:
         *experts, rows = parameter.shape[:-1] if parameter.dim() > 1 else (parameter.numel(),)
         numbers = torch.arange(prod([*experts, rows])).reshape(*experts, rows, 1)
         try:
-            saved = revert_weight_conversion(module, {name: numbers})
+            sent = revert_weight_conversion(module, {name: numbers})
         except Exception:  # noqa: S112 -- other people's operations, some of which want more than this one
             continue
-        places = tuple(_place(n, t.flatten(), experts, rows) for n, t in saved.items())
+        places = tuple(_place(n, t.flatten(), experts, rows) for n, t in sent.items())
         if None not in places and places != (Place(name),):
             found[name] = places  # type: ignore[assignment]
     counts = Counter(place.name for places in found.values() for place in places)

@@ -19,7 +19,7 @@ from engines.reload import check_bytes, check_losses, check_served
 from quantization.errors import BitfrontError, ExportError
 from quantization.formats import Packed
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import Layout
+from quantization.units import Layout, Unit
 from quantization.weights import skeleton
 
 if TYPE_CHECKING:
@@ -65,8 +65,12 @@ class CheckpointTarget(Target):
     def refuse(self, export: Export) -> None:
         """See `Target.refuse`."""
         assert export.evaluator is not None
-        bank = export.evaluator.bank
-        check_served(self.rules, bank.checkpoint, bank.layout, export.precision_map.schemes)
+        bank, schemes = export.evaluator.bank, export.precision_map.schemes
+        check_served(self.rules, bank.checkpoint, bank.layout, schemes)
+        units = zip(bank.layout.units, schemes, strict=True)
+        experts = [unit for unit, s in units if unit.kind == "experts" and not s.exact]
+        if experts:
+            self._check_split(experts, self.places(skeleton(bank.checkpoint, bank.dtype)))
 
     def write(self, export: Export, folder: Path) -> None:
         """See `Target.write`."""
@@ -74,7 +78,6 @@ class CheckpointTarget(Target):
         assert export.evaluator is not None
         bank, schemes = export.evaluator.bank, export.precision_map.schemes
         places = self.places(skeleton(bank.checkpoint, bank.dtype))
-        self._check_split(bank.layout, schemes, places)
         named = as_files_call(bank.layout, places)
         config = {"dtype": self.dtype, **self.config_of(named, schemes)}
         metadata = self.metadata(bank.layout, schemes)
@@ -105,17 +108,15 @@ class CheckpointTarget(Target):
         """A tensor's name in the file."""
         return f"{parameter.removesuffix('.weight')}.{name}"
 
-    def _check_split(self, layout: Layout, schemes: Sequence[Scheme], places: Places) -> None:
-        """Refuse quantized experts that files hold otherwise than one by one."""
-        for unit, scheme in zip(layout.units, schemes, strict=True):
-            quantized = unit.sites if unit.kind == "experts" and not scheme.exact else ()
-            for site in quantized:
-                if site.parameter not in places:
-                    raise ExportError(
-                        f"{site.name} isn't stored expert by expert in files of this kind of model, "
-                        f"which is all that {self.name} is written for; pin it to {FULL_PRECISION}, or "
-                        "export to packed"
-                    )
+    def _check_split(self, experts: Sequence[Unit], places: Places) -> None:
+        """Refuse experts that files hold otherwise than one by one."""
+        for site in (site for unit in experts for site in unit.sites):
+            if site.parameter not in places:
+                raise ExportError(
+                    f"{site.name} isn't stored expert by expert in files of this kind of model, "
+                    f"which is all that {self.name} is written for; pin it to {FULL_PRECISION}, or "
+                    "export to packed"
+                )
 
     def places(self, module: Any) -> Places:
         """What its files hold of a model of transformers, where that differs from the model."""

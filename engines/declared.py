@@ -14,7 +14,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.base import Rules
-from engines.file_names import matrices
 from quantization.errors import BitfrontError
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import CacheSharing, Site, UnitKind
@@ -99,6 +98,15 @@ def load_runtime(name: str) -> Runtime:
         raise BitfrontError(f"configs/engines/{name}.yaml can't be used: {error}") from error
 
 
+def _matrices(site: Site) -> tuple[int, tuple[int, int]]:
+    """How many matrices of which shape files hold for a site: of experts, gates and ups apart."""
+    *experts, rows, columns = site.shape
+    if not experts:
+        return 1, (rows, columns)
+    halves = 2 if site.parameter.endswith("gate_up_proj") else 1
+    return halves * experts[0], (rows // halves, columns)
+
+
 class Declared(Rules):
     """The rules of a runtime that is declared in a file of its name."""
 
@@ -140,7 +148,7 @@ class Declared(Rules):
 
     def site_nbytes(self, scheme: Scheme, site: Site) -> int:
         """See `Rules.site_nbytes`: files hold experts one by one, their gates apart from their ups."""
-        count, shape = matrices(site)
+        count, shape = _matrices(site)
         return count * self.nbytes(scheme, shape)
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
@@ -149,7 +157,7 @@ class Declared(Rules):
 
         if scheme == Scheme(FULL_PRECISION):
             return None
-        _, shape = matrices(site)
+        _, shape = _matrices(site)
         packed = len(site.shape) > len(shape)
         offered = self.runtime.experts if packed else self.runtime.formats
         if site.transposed or not offered:

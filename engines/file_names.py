@@ -133,15 +133,6 @@ def as_files_call(layout: Layout, places: Places) -> Layout:
     return replace(layout, units=units, kept=kept)
 
 
-def matrices(site: Site) -> tuple[int, tuple[int, int]]:
-    """How many matrices of which shape files hold for a site: of experts, gates and ups apart."""
-    *experts, rows, columns = site.shape
-    if not experts:
-        return 1, (rows, columns)
-    halves = 2 if site.parameter.endswith("gate_up_proj") else 1
-    return halves * experts[0], (rows // halves, columns)
-
-
 def any_expert(name: str) -> str:
     """A regular expression for the module's name of every expert, of a name with `*`."""
     return re.escape(name).replace(re.escape(ANY), r"\d+")

@@ -164,6 +164,14 @@ class GGUFFile(Target):
     engine = "llama.cpp"
     needs_model = True
 
+    def refuse(self, export: Export) -> None:
+        """See `Target.refuse`."""
+        from engines.reload import check_served
+
+        assert export.evaluator is not None
+        bank = export.evaluator.bank
+        check_served(LlamaCpp(), bank.checkpoint, bank.layout, export.precision_map.schemes)
+
     def write(self, export: Export, folder: Path) -> None:
         """See `Target.write`."""
         from engines.gguf_file import write_gguf

@@ -24,7 +24,7 @@ from quantization.errors import ModelError
 from quantization.formats import FORMATS, Packed
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.schemes import FULL_PRECISION, Scheme
-from quantization.units import Layout, Site
+from quantization.units import Layout, Site, Unit
 
 MARK = "bitfront"
 """Under which the files say what is packed: parameter to format, shape and whether transposed."""
@@ -74,7 +74,7 @@ class PackedCheckpoint(CheckpointTarget):
         }
         return {MARK: json.dumps(packed)}
 
-    def _check_split(self, layout: Layout, schemes: Sequence[Scheme], places: Places) -> None:
+    def _check_split(self, experts: Sequence[Unit], places: Places) -> None:
         """Nothing is taken apart."""
 
     def places(self, module: Any) -> Places:

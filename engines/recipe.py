@@ -49,6 +49,10 @@ class Recipe(Target):
     def formats(self, document: Any) -> dict[str, str]:
         """Undo `document`."""
 
+    def refuse(self, export: Export) -> None:
+        """See `Target.refuse`."""
+        _formats(export)
+
     def write(self, export: Export, folder: Path) -> None:
         """See `Target.write`."""
         text = yaml.safe_dump(self.document(_formats(export)), sort_keys=False)

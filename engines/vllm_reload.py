@@ -26,6 +26,8 @@ CHUNKS = 4
 TOLERANCE_NATS = 0.05
 """Per token, of the likelihood."""
 LONGEST_S = 1800
+ISOLATED = ("-I",)
+"""This room has files that are called like libraries."""
 MISSING = "No module named 'vllm'"
 TOLD = 300
 """Characters of what vLLM says."""
@@ -86,11 +88,7 @@ def served(export: Export, folder: Path, **options: Any) -> dict[str, Any]:
 def _run(python: str, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         done = subprocess.run(  # noqa: S603  # what the user named
-            [
-                python,
-                "-I",
-                vllm_script.__file__,
-            ],  # isolated: this room has files called like libraries
+            [python, *ISOLATED, vllm_script.__file__],
             input=json.dumps(request),
             capture_output=True,
             text=True,

@@ -48,18 +48,22 @@ MENUS = {
 }  # fmt: skip
 
 
+def export_of(bank, schemes):
+    """A map with its measured loss."""
+    evaluator = Evaluator(bank, torch.device("cpu"))
+    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
+    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
+    pairs = [(s.weight, s.activation) for s in schemes]
+    entry = ModelEntry(name="tiny", weights_hash="0" * 64)
+    return Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl)
+
+
 def mixed_export(bank, menu):
     """Each unit in another format, in turns; embedding and head alone."""
     names = [s.name for s in map(Scheme.parse, menu)]
     inner = [unit for unit in bank.layout.units if unit.layer is not None]
     chosen = {unit.name: names[i % len(names)] for i, unit in enumerate(inner)}
-    pairs = [(chosen.get(unit.name, "bf16"), "bf16") for unit in bank.layout.units]
-    evaluator = Evaluator(bank, torch.device("cpu"))
-    entry = ModelEntry(name="tiny", weights_hash="0" * 64)
-    schemes = [Scheme(*pair) for pair in pairs]
-    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
-    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
-    return Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl)
+    return export_of(bank, [Scheme(chosen.get(unit.name, "bf16")) for unit in bank.layout.units])
 
 
 @pytest.fixture
@@ -348,12 +352,7 @@ def active_export(bank, menu):
         Scheme("bf16") if unit.layer is None else names[i % len(names)]
         for i, unit in enumerate(bank.layout.units)
     ]
-    evaluator = Evaluator(bank, torch.device("cpu"))
-    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
-    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
-    pairs = [(s.weight, s.activation) for s in schemes]
-    entry = ModelEntry(name="tiny", weights_hash="0" * 64)
-    return Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl)
+    return export_of(bank, schemes)
 
 
 @pytest.mark.parametrize("menu", [ACTIVE, ACTIVE[:1], ACTIVE[1:2]], ids=["mixed", "int8", "fp8"])

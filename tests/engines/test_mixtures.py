@@ -6,17 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines import Export, gptq, load_target
+from engines import gptq, load_target
 from engines.file_names import ANY, as_files_call, places_of
 from engines.foreign import read_map
-from evaluation.evaluator import Evaluator
 from quantization.checkpoints import load_model
 from quantization.errors import ExportError
-from quantization.precision_map import ModelEntry, build_map
 from quantization.schemes import Scheme
 from quantization.weights import skeleton
 from tests.conftest import choices_of
-from tests.engines.test_exports import CHUNKS
+from tests.engines.test_checkpoint_targets import export_of
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
 MENUS = {
@@ -27,16 +25,6 @@ MENUS = {
     "mlx": ["int4-g32-bf16", "int6-g32-bf16", "bf16"],
     "torchao": ["int4-g32-bf16"],
 }  # fmt: skip
-
-
-def export_of(bank, schemes):
-    """A map with its measured loss."""
-    evaluator = Evaluator(bank, torch.device("cpu"))
-    losses = [evaluator.measure(schemes, ids) for ids in CHUNKS]
-    kl = sum(loss.kl_sum for loss in losses) / sum(loss.tokens for loss in losses)
-    pairs = [(scheme.weight, scheme.activation) for scheme in schemes]
-    entry = ModelEntry(name="tiny", weights_hash="0" * 64)
-    return Export(build_map(bank.layout, pairs, entry, {}), evaluator, CHUNKS, kl)
 
 
 @pytest.fixture

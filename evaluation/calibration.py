@@ -1,7 +1,8 @@
 """Calibration: what quantizers want to know of the unquantized model, one pass over a text.
 
-Second moments E[x^T x] of each site's inputs (the Hessian of GPTQ up to a factor), and the squared
-gradients E[g^2] of labels sampled from the model (the diagonal of the Fisher matrix). The matrices
+Second moments E[x^T x] of each site's inputs (the Hessian of GPTQ up to a factor), and of gradients
+of labels sampled from the model: their squares by each weight E[g^2] (the diagonal of the Fisher
+matrix), and its factors by inputs and outputs (K-FAC, arXiv 1503.05671, section 3.1). The matrices
 of a whole model can be larger than the model, so sites are taken in parts of bounded memory, each
 a pass of its own.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from evaluation.tap import Tap
 from quantization.checkpoints import Checkpoint, load_model
 from quantization.memory import return_memory
-from quantization.statistics import Statistic, Statistics
+from quantization.statistics import Statistic, Statistics, output_blocks
 from quantization.units import Site
 
 PART_BYTES = 4 * 2**30
@@ -60,9 +61,8 @@ def calibrate(
     """
     for kind, sites in wanted.items():
         model = load_model(checkpoint, dtype).to(device)
-        collect = _second_moments if kind == "second-moment" else _fisher
         for part in _parts(sites, kind):
-            collect(model, part, chunks, statistics)
+            COLLECT[kind](model, part, chunks, statistics)
         del model
         return_memory()
 
@@ -122,6 +122,77 @@ def _fisher(
         fisher = fisher.mT.contiguous() if site.transposed else fisher
         statistics.save(site, "fisher", {"fisher": fisher})
         parameters[site.parameter].requires_grad_(False)
+
+
+class Curvature:
+    """Sums of |g|^2 x^T x and g^T g by site and expert, g the gradient by a product's outputs.
+
+    |g|^2 is the mean over the outputs; of g^T g blocks along the diagonal are kept.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self.tokens: dict[tuple[str, int], int] = {}
+
+    def watch(self, site: Site, expert: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Add a product once its outputs' gradient is known."""
+        if outputs.requires_grad:
+            x_TC = inputs.detach().reshape(-1, inputs.shape[-1])
+            outputs.register_hook(lambda g: self._add((site.name, expert), x_TC, g))
+
+    def _add(self, key: tuple[str, int], x_TC: Tensor, gradient: Tensor) -> None:
+        g_TR = gradient.reshape(-1, gradient.shape[-1]).float()
+        x_TC = x_TC.float()
+        blocks, height = output_blocks(g_TR.shape[1])
+        if key not in self.sums:
+            columns = x_TC.shape[1]
+            zeros = x_TC.new_zeros(columns, columns), x_TC.new_zeros(blocks, height, height)
+            self.sums[key], self.tokens[key] = zeros, 0
+        by_inputs, by_outputs = self.sums[key]
+        self.tokens[key] += len(x_TC)
+        by_inputs.addmm_((x_TC * g_TR.square().mean(1, keepdim=True)).T, x_TC)
+        padded = torch.nn.functional.pad(g_TR, (0, blocks * height - g_TR.shape[1]))
+        g_KTB = padded.unflatten(1, (blocks, height)).transpose(0, 1)
+        by_outputs.baddbmm_(g_KTB.mT, g_KTB)
+
+
+def _curvature(
+    model: Any, sites: Sequence[Site], chunks: NDArray[np.int64], statistics: Statistics
+) -> None:
+    curvature = Curvature()
+    model.requires_grad_(False)
+    embedding = model.get_input_embeddings()  # where the graph begins
+    handle = embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_())
+    try:
+        with Tap(model, sites, curvature.watch):
+            for seed, ids in enumerate(chunks):
+                backward_of_samples(model, ids, seed)
+    finally:
+        handle.remove()
+    for site in sites:
+        experts = site.shape[0] if len(site.shape) == 3 else 1
+        found = [_mean(curvature, site, e) for e in range(experts)]
+        stacked = [
+            torch.stack(of) if len(site.shape) == 3 else of[0] for of in zip(*found, strict=True)
+        ]
+        names = "input_curvature", "output_curvature"
+        statistics.save(site, "curvature", dict(zip(names, stacked, strict=True)))
+
+
+def _mean(curvature: Curvature, site: Site, expert: int) -> tuple[Tensor, Tensor]:
+    """Of the tokens that came to an expert; zeros where none did."""
+    key = site.name, expert
+    if key in curvature.sums:
+        by_inputs, by_outputs = (
+            total.cpu() / curvature.tokens[key] for total in curvature.sums[key]
+        )
+        return by_inputs, by_outputs
+    rows, columns = site.shape[-2:]
+    blocks, height = output_blocks(rows)
+    return torch.zeros(columns, columns), torch.zeros(blocks, height, height)
+
+
+COLLECT = {"second-moment": _second_moments, "fisher": _fisher, "curvature": _curvature}
 
 
 def backward_of_samples(model: Any, ids: NDArray[np.int64], seed: int) -> None:

@@ -1,7 +1,7 @@
 """What calibration knows of a site: statistics of its inputs and of the loss's gradients."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from hashlib import sha256
 from operator import itemgetter
@@ -16,7 +16,16 @@ from torch import Tensor
 from quantization.cache import cache_dir, write_whole
 from quantization.units import Site
 
-Statistic = Literal["second-moment", "fisher"]
+Statistic = Literal["second-moment", "fisher", "curvature"]
+
+OUTPUTS = 1024
+"""Most rows whose gradients' products are kept together: all squared would be more than the weights."""
+
+
+def output_blocks(rows: int) -> tuple[int, int]:
+    """How many blocks of neighbouring rows keep their products, and of how many rows each."""
+    blocks = -(-rows // OUTPUTS)
+    return blocks, -(-rows // blocks)
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,17 @@ class SiteStatistics:
         second_moment: E[x^T x] of the inputs, `... x columns x columns`, one an expert.
         importance: E[x^2] of the inputs, `... x columns`: its diagonal, or an imported imatrix.
         fisher: E[g^2] of the loss's gradient by each weight, `... x rows x columns`.
+        input_curvature: E[|g|^2 x^T x], `... x columns x columns`, g the loss's gradient by the outputs.
+        output_curvature: E[g^T g] between neighbouring rows, in blocks (`output_blocks`),
+            `... x blocks x block x block`.
         remembered: what quantizers derived from them, by their identity.
     """
 
     second_moment: Tensor | None = None
     importance: Tensor | None = None
     fisher: Tensor | None = None
+    input_curvature: Tensor | None = None
+    output_curvature: Tensor | None = None
     remembered: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def each(self, count: int) -> list["SiteStatistics"]:
@@ -44,8 +58,8 @@ class SiteStatistics:
         return self._with(lambda tensor: tensor.to(device))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "SiteStatistics":
-        known = (self.second_moment, self.importance, self.fisher)
-        return SiteStatistics(*(None if t is None else change(t) for t in known))
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return SiteStatistics(**{n: None if t is None else change(t) for n, t in known.items()})
 
 
 NOTHING_KNOWN = SiteStatistics()

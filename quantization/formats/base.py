@@ -88,9 +88,12 @@ class ScalarFormat(Format):
 
     Attributes:
         batched: whether `take` works on a stack of matrices at once.
+        rowwise: whether no rows share anything, so that `on_diagonal` works and a grid's tensors have
+            their rows last but one.
     """
 
     batched = True
+    rowwise = False
 
     @abstractmethod
     def fit(self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN) -> Grid:
@@ -110,6 +113,16 @@ class ScalarFormat(Format):
 
         `width` is how many columns the given grid is for; it may itself have been taken.
         """
+
+    def on_diagonal(self, taken: Grid, offset: int, rows: slice) -> Grid:
+        """The grid of the values on a diagonal of taken columns, as that of one column.
+
+        Args:
+            taken: `... x rows x columns` of it.
+            offset: the column of row 0's value, as `torch.diagonal` has it.
+            rows: those that have a value there.
+        """
+        return {name: t.diagonal(offset, -2, -1)[..., None] for name, t in taken.items()}
 
     def nearest(
         self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN

@@ -37,6 +37,11 @@ class DenseAndSparse(ScalarFormat):
         return f"{self.dense.family}+sparse"
 
     @property
+    def rowwise(self) -> bool:  # type: ignore[override]
+        """As the dense format."""
+        return self.dense.rowwise
+
+    @property
     def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
         """Fisher information finds the sensitive weights."""
         return self.dense.needs | {"fisher"}
@@ -99,6 +104,13 @@ class DenseAndSparse(ScalarFormat):
             kept = empty.scatter(-1, places, kept).unflatten(-1, (rows, width))
         kept, mask = kept.index_select(-1, columns), mask.index_select(-1, columns)
         return {**taken, "outlier_mask": mask, "outlier_values": kept}
+
+    def on_diagonal(self, taken: Grid, offset: int, rows: slice) -> Grid:
+        """See `ScalarFormat.on_diagonal`."""
+        kept = {name: t for name, t in taken.items() if name.startswith("outlier")}
+        dense = {name: t for name, t in taken.items() if name not in kept}
+        single = self.dense.on_diagonal(dense, offset, rows)
+        return {**single, **super().on_diagonal(kept, offset, rows)}
 
     def pack(self, codes: Tensor, grid: Grid) -> Packed:
         """CSR beside the dense format's tensors."""

@@ -45,6 +45,7 @@ class DialectFP4(ScalarFormat):
     two_stage: bool = False
 
     family = "dialect"
+    rowwise = True
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -29,6 +29,7 @@ class RowTables(ScalarFormat):
     bits: int
 
     family = "table"
+    rowwise = True
     needs: frozenset[Statistic] = frozenset({"fisher"})
 
     @property
@@ -71,6 +72,10 @@ class RowTables(ScalarFormat):
     def take(self, grid: Grid, columns: Tensor, width: int) -> Grid:
         """A row's table serves all its columns."""
         return grid
+
+    def on_diagonal(self, taken: Grid, offset: int, rows: slice) -> Grid:
+        """See `ScalarFormat.on_diagonal`: the rows' tables."""
+        return {"tables": taken["tables"][..., rows, :]}
 
     def pack(self, codes: Tensor, grid: Grid) -> Packed:
         """A bit stream and float16 values a row."""

@@ -52,6 +52,11 @@ class Scaled(ScalarFormat):
     real_zeros: bool = False
     ragged: bool = True
 
+    @property
+    def rowwise(self) -> bool:  # type: ignore[override]
+        """See `ScalarFormat`."""
+        return self.rows == 1
+
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why not, or None."""
         if not self.ragged and self.columns and shape[-1] % self.columns:

@@ -6,6 +6,7 @@ from quantization.quantizers.clipping import ClippingSearch
 from quantization.quantizers.gptq import GPTQ
 from quantization.quantizers.hqq import HQQ
 from quantization.quantizers.rtn import RoundToNearest
+from quantization.quantizers.yaqa import YAQA
 from quantization.registry import Registry
 
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer")
@@ -16,6 +17,7 @@ for _quantizer in (
     GPTQ(),
     HQQ(),
     AutoRound(),
+    YAQA(),
 ):
     QUANTIZERS.add(_quantizer.name, _quantizer)
 

@@ -6,8 +6,9 @@ import torch
 
 from evaluation import calibration
 from evaluation.calibration import backward_of_samples, calibrate
+from quantization import statistics
 from quantization.checkpoints import load_model
-from quantization.statistics import Statistics
+from quantization.statistics import Statistics, output_blocks
 
 CPU = torch.device("cpu")
 CHUNKS = np.random.default_rng(1).integers(2, 300, (3, 24))
@@ -82,3 +83,53 @@ def test_fisher_is_the_mean_squared_gradient_of_samples(make_bank, tmp_path, mon
             total += (gradient.mT if site.transposed else gradient).square()
     for site, total in sums.items():
         assert torch.allclose(found[site].fisher, total / CHUNKS.size, rtol=1e-4)
+
+
+@pytest.mark.parametrize("most", [1024, 40])
+def test_curvature_is_that_of_inputs_and_of_gradients_by_outputs(
+    make_bank, tmp_path, monkeypatch, most
+):
+    """Whole, and in blocks of rows of which the last is short."""
+    monkeypatch.setattr(statistics, "OUTPUTS", most)
+    bank = make_bank("llama")
+    found = collected(bank, "curvature", "curvature", tmp_path, monkeypatch)
+    model = load_model(bank.checkpoint, torch.float32)
+    modules = {site: model.get_submodule(site.name) for site in found}
+    seen = {site: ([], []) for site in found}
+    for site, module in modules.items():
+        xs, gs = seen[site]
+        module.register_forward_pre_hook(lambda _, a, xs=xs: xs.append(a[0][0].detach()))
+        module.register_full_backward_hook(lambda _m, _i, g, gs=gs: gs.append(g[0][0]))
+    for seed, ids in enumerate(CHUNKS):
+        backward_of_samples(model, ids, seed)
+    for site, (xs, gs) in seen.items():
+        x, g = torch.cat(xs), torch.cat(gs)
+        inputs = (x * g.square().mean(1, keepdim=True)).T @ x / len(x)
+        outputs = g.T @ g / len(g)
+        own = found[site]
+        assert torch.allclose(own.input_curvature, inputs, rtol=1e-3, atol=1e-4 * inputs.max())
+        for k, block in enumerate(own.output_curvature):
+            part = slice(k * len(block), (k + 1) * len(block))
+            expected = outputs[part, part]
+            size = len(expected)
+            close = torch.allclose(
+                block[:size, :size], expected, rtol=1e-3, atol=1e-4 * expected.max()
+            )
+            assert close
+            assert not block[size:].any()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_curvature_of_experts_and_transposed_weights_has_the_shape_of_the_site(
+    make_bank, tmp_path, monkeypatch, family
+):
+    found = collected(make_bank(family), family, "curvature", tmp_path, monkeypatch)
+    for site, own in found.items():
+        *experts, rows, columns = site.shape
+        blocks, height = output_blocks(rows)
+        assert own.input_curvature.shape == (*experts, columns, columns)
+        assert own.output_curvature.shape == (*experts, blocks, height, height)
+        assert own.input_curvature.any()
+        assert own.output_curvature.any()
+        if experts:
+            assert not torch.allclose(own.output_curvature[0], own.output_curvature[1])

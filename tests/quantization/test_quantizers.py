@@ -1,5 +1,7 @@
 """Quantizers: each beats what it builds on, in its own measure, and GPTQ is GPTQ."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -10,8 +12,10 @@ from quantization.formats import FORMATS
 from quantization.quantizers import QUANTIZERS, needs
 from quantization.quantizers.autoround import AutoRound
 from quantization.quantizers.gptq import GPTQ, inverse_factor
+from quantization.quantizers.yaqa import YAQA, unit_lower
 from quantization.statistics import SiteStatistics
 
+BLOCK = 64  # of rows whose curvature is known
 SCALAR = [
     "int2-g64", "int3-g64-asym", "int4-g128", "int4-g32-asym-fp8", "int4-g64-real", "int8-channel",
     "int3-g16-asym-spqr", "ternary-g64", "int4-g64-e8m0", "int4-g64-asym-fp8", "fp4-e2m1-g32", "fp8-e4m3-b128", "mxfp4", "mxfp6", "nvfp4",
@@ -84,23 +88,152 @@ def test_gptq_is_within_two_percent_of_the_textbook(format, activation_order):
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
+def curved(rows=64, columns=320, seed=0):
+    """`data` with curvatures whose outputs are as correlated as its inputs."""
+    weight, known = data(rows, columns, seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    blocks = -(-rows // BLOCK)
+    y = torch.randn(blocks, 500, BLOCK, generator=generator)
+    y = y @ torch.randn(blocks, BLOCK, BLOCK, generator=generator)
+    y[-1, :, (rows - 1) % BLOCK + 1 :] = 0  # a short block is filled up
+    x = torch.randn(2000, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
+    curvature = {"input_curvature": x.T @ x / 2000, "output_curvature": y.mT @ y / 500}
+    return weight, replace(known, **curvature)
+
+
 @pytest.mark.parametrize(
     "format", ["int4-g64", "nvfp4", "squeezellm3", "fgmp@30%", "owq-int3-g64@5%"]
 )
-def test_a_stack_of_experts_is_quantized_as_its_matrices(format):
-    each = [data(seed=seed) for seed in range(3)]
+@pytest.mark.parametrize("quantizer", ["gptq", "yaqa"])
+def test_a_stack_of_experts_is_quantized_as_its_matrices(format, quantizer):
+    each = [curved(seed=seed) for seed in range(3)]
     known = SiteStatistics(
-        *(
-            torch.stack([getattr(k, name) for _, k in each])
-            for name in ("second_moment", "importance", "fisher")
-        )
+        **{
+            f.name: torch.stack([getattr(k, f.name) for _, k in each])
+            for f in fields(SiteStatistics)
+            if f.init
+        }
     )
-    gptq = GPTQ()
+    gptq = QUANTIZERS[quantizer]
     stacked = gptq.quantize(torch.stack([w for w, _ in each]), FORMATS[format], known)
     for i, (weight, own) in enumerate(each):
         alone = gptq.quantize(weight, FORMATS[format], own).dequantize()
         agree = (stacked.dequantize()[i] == alone).float().mean()
         assert agree > 0.99  # float32 sums in another order tip a few values over
+
+
+def two_sided_loss(quantized, weight, known):
+    """tr(G E H E^T) under the mean of the second moment and the inputs' curvature."""
+    error = quantized.dequantize() - weight
+    parts = (known.second_moment, known.input_curvature)
+    moment = sum(part / part.diagonal().mean() for part in parts)
+    total = 0.0
+    for block, own in zip(known.output_curvature, error.split(BLOCK), strict=True):
+        g = block[: len(own), : len(own)]
+        total += float((g @ own @ moment * own).sum())
+    return total
+
+
+@pytest.mark.parametrize(
+    "format", [name for name in SCALAR if FORMATS[name].rowwise and not name.startswith("mxfp6")]
+)
+def test_yaqa_loses_less_than_gptq_where_rows_curve_together(format):
+    weight, known = curved()
+    yaqa, gptq = (
+        two_sided_loss(QUANTIZERS[n].quantize(weight, FORMATS[format], known), weight, known)
+        for n in ("yaqa", "gptq")
+    )
+    assert yaqa < 0.85 * gptq
+
+
+def reference_yaqa(weight, inputs, outputs, rounded):
+    """tr(G E H E^T) one value at a time, with the very sums of its two factorisations."""
+    rows, columns = weight.shape
+    order = inputs.diagonal().argsort(descending=True)
+    backwards = order.flip(0)
+    upper = unit_lower(inputs[backwards][:, backwards], 0.01).flip(0, 1)
+    whole = torch.block_diag(*outputs)[:rows, :rows]
+    means = [b.diagonal()[b.diagonal() != 0].mean() for b in outputs]
+    damping = torch.cat([m.expand(len(b)) for m, b in zip(means, outputs, strict=True)])[:rows]
+    down = whole.diagonal().argsort()
+    lower = unit_lower((whole + damping.diag())[down][:, down], 0.0)
+    weight = weight[down]
+    error, passed = torch.zeros(2, rows, columns, dtype=torch.float64)
+    for i in reversed(range(rows)):
+        for j in range(columns):
+            below = lower[i + 1 :, i] @ error[i + 1 :, j]
+            before = passed[i, :j] @ upper[:j, j]
+            exact = float(weight[i, order[j]])
+            place = int(down[i]), int(order[j])
+            error[i, j] = rounded(exact - float(below + before), place) - exact
+            passed[i, j] = error[i, j] + below
+    return (weight + error[:, order.argsort()])[down.argsort()], int(down[-1])
+
+
+@pytest.mark.parametrize("format", ["int4-g32", "int3-g32-asym", "nf4-g32"])
+def test_yaqa_is_its_recurrence(format):
+    """Over blocks of rows, the last one short, and tiles of columns, the last one short."""
+    weight, known = curved(80, 96)
+    own = YAQA().quantize(weight, FORMATS[format], known)
+    grid = {name: tensor.clone() for name, tensor in own.grid.items()}
+
+    def rounded(value, place):
+        row, column = place
+        single = {name: tensor[row : row + 1] for name, tensor in grid.items()}
+        taken = FORMATS[format].take(single, torch.tensor([column]), 96)
+        codes = FORMATS[format].encode(torch.tensor([[value]]), taken)
+        return float(FORMATS[format].decode(codes, taken))
+
+    parts = (known.second_moment, known.input_curvature)
+    moment = sum(part / part.diagonal().mean() for part in parts)
+    slow, first = reference_yaqa(weight, moment, known.output_curvature, rounded)
+    agree = (slow.float() - own.dequantize()).abs() < 1e-5
+    assert agree.float().mean() > 0.9  # one value that tips over moves those after it
+    assert agree[first].float().mean() > 0.99  # the first row that is rounded
+    error = slow - weight
+    fast = two_sided_loss(own, weight, known)
+    assert fast == pytest.approx(
+        sum(
+            float((g[: len(e), : len(e)].double() @ e @ moment.double() * e).sum())
+            for g, e in zip(known.output_curvature, error.split(BLOCK), strict=True)
+        ),
+        rel=0.03,
+    )
+
+
+@pytest.mark.parametrize("format", ["int4-g64", "squeezellm3", "fp8-e4m3-b128", "owq-int3-g64@5%"])
+def test_yaqa_without_curvature_is_gptq(format):
+    weight, known = data()
+    values = [
+        QUANTIZERS[n].quantize(weight, FORMATS[format], known).dequantize()
+        for n in ("yaqa", "gptq")
+    ]
+    assert torch.equal(*values)
+
+
+def test_yaqa_with_outputs_that_do_not_curve_together_is_gptq():
+    weight, known = curved()
+    flat = torch.eye(BLOCK)[None]
+    known = replace(known, input_curvature=known.second_moment, output_curvature=flat)
+    values = [
+        QUANTIZERS[n].quantize(weight, FORMATS["int4-g64"], known).dequantize()
+        for n in ("yaqa", "gptq")
+    ]
+    assert (values[0] == values[1]).float().mean() > 0.99
+
+
+def test_yaqa_stands_inputs_and_outputs_that_were_never_seen():
+    weight, known = curved()
+    unseen = SiteStatistics(
+        **{
+            f.name: torch.zeros_like(t)
+            for f in fields(known)
+            if f.init and (t := getattr(known, f.name)) is not None
+        }
+    )
+    assert YAQA().quantize(weight, FORMATS["int4-g64"], unseen).dequantize().isfinite().all()
 
 
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse():

@@ -1,4 +1,4 @@
-r"""Track B: the whole menu plays. The same bytes, any weight format of ours, under GPTQ.
+r"""Track B: the whole menu plays. The same bytes, any weight format of ours, under YAQA.
 
 One search over formats and units from one text. On another text its maps meet, at equal bytes,
 uniform maps in groups of 64, 32 and 16 and the maps that other allocators chose (integers in groups
@@ -31,7 +31,7 @@ MENU = (
     "int4-g32-fp8,squeezellm3,squeezellm4,int6-g32-fp8"
 )
 BITS = (3.0, 3.25, 3.5, 3.75, 4.25, 4.75, 5.0)
-OURS = "gptq"
+OURS = "yaqa"
 RIVALS = ("gptq", "rtn-weighted")
 CALIBRATION = 32
 

@@ -20,7 +20,10 @@ from quantization.errors import BitfrontError
 from search.statistics import paired_difference
 from store.database import Store
 
-LIMITS = ("weight_bytes", "average_bits", "kl", "memory_bytes", "decode_s", "prefill_s")
+LIMITS = (
+    "weight_bytes", "average_bits", "kl", "memory_bytes", "decode_s", "prefill_s",
+    "decode_j", "prefill_j",
+)  # fmt: skip
 Limits = Mapping[str, float | None]
 
 
@@ -121,6 +124,13 @@ def answer(
     if (limits.get("decode_s") or limits.get("prefill_s")) and not job.facts.get("times"):
         raise NothingFitsError(
             f"job {job.id} has no latency: search with --engine llama.cpp, then ask again"
+        )
+    joules = (job.facts.get("times") or {}).get("joules") or {}
+    if (limits.get("decode_j") or limits.get("prefill_j")) and not joules.get("source"):
+        why = f" ({joules['unknown']})" if joules.get("unknown") else ""
+        raise NothingFitsError(
+            f"job {job.id} knows no energy{why}: search where a counter can be read, or on a device of "
+            "the catalogue, then ask again"
         )
     if limits.get("memory_bytes") is not None and not front.layout.cache:
         raise NothingFitsError(

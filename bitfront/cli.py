@@ -26,6 +26,7 @@ from bitfront.options import (
     ThreadsOption,
     WorkersOption,
     bytes_of,
+    joules_of,
     open_store,
     seconds_of,
 )
@@ -107,7 +108,7 @@ def search(  # its options are read from the context, by `job_config`
         bool, typer.Option("--trust-remote-code", help="Run the model folder's own code.")
     ] = False,
     quantizer: Annotated[
-        str | None, typer.Option(help="rtn, rtn-mse, rtn-weighted, gptq, hqq or autoround.")
+        str | None, typer.Option(help="rtn, rtn-mse, rtn-weighted, gptq, yaqa, hqq or autoround.")
     ] = None,
     imatrix: Annotated[
         str | None, typer.Option(help="A llama.cpp importance matrix, instead of calibration's.")
@@ -153,6 +154,10 @@ def search(  # its options are read from the context, by `job_config`
         str | None, typer.Option(help="Of a generated token: 8ms.")
     ] = None,
     max_prefill_latency: Annotated[str | None, typer.Option(help="Of a prompt: 1.5s.")] = None,
+    max_decode_energy: Annotated[
+        str | None, typer.Option(help="Of a generated token: 40mJ.")
+    ] = None,
+    max_prefill_energy: Annotated[str | None, typer.Option(help="Of a prompt: 20J.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random controls and refinement.")] = None,
     address: AddressOption = "local",
     workers: WorkersOption = None,
@@ -235,6 +240,10 @@ def query(
     max_prefill_latency: Annotated[
         str | None, typer.Option(help="Of a prompt, in the job's workload: 1.5s.")
     ] = None,
+    max_decode_energy: Annotated[
+        str | None, typer.Option(help="Of a generated token: 40mJ.")
+    ] = None,
+    max_prefill_energy: Annotated[str | None, typer.Option(help="Of a prompt: 20J.")] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences side by side. Default: the job's, or 1.")
     ] = None,
@@ -258,6 +267,8 @@ def query(
         "memory_bytes": bytes_of(max_memory) if max_memory else None,
         "decode_s": seconds_of(max_decode_latency),
         "prefill_s": seconds_of(max_prefill_latency),
+        "decode_j": joules_of(max_decode_energy),
+        "prefill_j": joules_of(max_prefill_energy),
     }
     where = {"job": job, "model": model, "batch": batch, "context": context}
     run_query(following.desk(server, store), limits, where, as_json)

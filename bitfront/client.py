@@ -165,12 +165,12 @@ class Client:
         number: int,
         average_bits: Sequence[float] = (),
         weight_bytes: Sequence[int] = (),
-        limits_s: Mapping[str, float] | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> Document:
         """Predicted maps for other budgets, by a job's tables."""
         body = {
             "average_bits": list(average_bits), "weight_bytes": list(weight_bytes),
-            **(limits_s or {}),
+            **(limits or {}),
         }  # fmt: skip
         return self._json("POST", f"/jobs/{number}/solve", json=body, repeat=True)
 
@@ -179,7 +179,7 @@ class Client:
 
         Args:
             limits: upper bounds by name: `weight_bytes`, `average_bits`, `kl`, `memory_bytes`,
-                `decode_s`, `prefill_s`.
+                `decode_s`, `prefill_s`, `decode_j`, `prefill_j`.
             where: `job`, `model`, `engine`, `device`; and the workload's `batch` and `context`.
         """
         given = {k: v for k, v in {**limits, **where}.items() if v is not None}

@@ -26,6 +26,7 @@ MOST_PROBLEMS = 8
 MOST = 2**31 - 1
 MOST_BYTES = 2**62
 MOST_SECONDS = 1e6
+MOST_JOULES = 1e9
 MOST_SEED = 2**32 - 1
 """Of NumPy's older generators, which Optuna's samplers use."""
 
@@ -33,6 +34,7 @@ Bits = Annotated[float, Field(gt=0, le=64)]
 Bytes = Annotated[int, Field(gt=0, le=MOST_BYTES)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+Joules = Annotated[float, Field(gt=0, le=MOST_JOULES)]
 
 ENGINE_MENUS = {
     "llama.cpp": "gguf",
@@ -122,7 +124,7 @@ class RefinementConfig(_Closed):
     minutes: float | None = Field(default=None, gt=0, le=MOST_SECONDS)
 
 
-SINCE = ("generated", "tensor_parallel")
+SINCE = ("generated", "tensor_parallel", "max_decode_j", "max_prefill_j")
 """Fields of `ServingConfig` that are younger than it."""
 
 
@@ -141,6 +143,8 @@ class ServingConfig(_Closed):
         max_memory_bytes: of weights, KV cache and activations together.
         max_decode_s: of a generated token.
         max_prefill_s: of a prompt.
+        max_decode_j: joules of a generated token.
+        max_prefill_j: of a prompt.
     """
 
     engine: str | None = None
@@ -154,6 +158,8 @@ class ServingConfig(_Closed):
     max_memory_bytes: Bytes | None = None
     max_decode_s: Seconds | None = None
     max_prefill_s: Seconds | None = None
+    max_decode_j: Joules | None = None
+    max_prefill_j: Joules | None = None
 
     @property
     def silent(self) -> bool | set[str]:

@@ -14,6 +14,7 @@ from store.tables import Event, ExportOrder, Job
 
 LIMITS = {
     "max_memory_bytes": "memory_bytes", "max_decode_s": "decode_s", "max_prefill_s": "prefill_s",
+    "max_decode_j": "decode_j", "max_prefill_j": "prefill_j",
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[
     """A measured map: `bitfront front --json`'s point, with its origin and costs."""
     job, candidate = front.job, front.candidates[point.id]
     known = (job.facts.get("times") or {}).get("maps", {}).get(point.map_hash, {})
-    predicted, joules = known.get("predicted") or {}, known.get("joules") or {}
+    predicted = known.get("predicted") or {}
     return {
         **point.to_json(),
         "origin": candidate.origin,
@@ -83,8 +84,8 @@ def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[
         "times": next((kind for kind in ("measured", "predicted") if kind in known), None),
         "predicted_decode_s": predicted.get("decode"),
         "predicted_prefill_s": predicted.get("prefill"),
-        "decode_j": joules.get("decode"),
-        "prefill_j": joules.get("prefill"),
+        "decode_j": latency.joules(job, point.map_hash, "decode"),
+        "prefill_j": latency.joules(job, point.map_hash, "prefill"),
     }
 
 

@@ -16,6 +16,7 @@ from bitfront.options import (
     JsonOption,
     StoreOption,
     bytes_of,
+    joules_of,
     numbers_of,
     open_store,
     seconds_of,
@@ -222,6 +223,8 @@ def solve(
     max_size: Annotated[str | None, typer.Option(help="Weight bytes of the model: 90MB.")] = None,
     max_decode_latency: Annotated[str | None, typer.Option(help="Of a token: 8ms.")] = None,
     max_prefill_latency: Annotated[str | None, typer.Option(help="Of a prompt: 1.5s.")] = None,
+    max_decode_energy: Annotated[str | None, typer.Option(help="Of a token: 40mJ.")] = None,
+    max_prefill_energy: Annotated[str | None, typer.Option(help="Of a prompt: 20J.")] = None,
     server: ServerOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -238,6 +241,7 @@ def solve(
     number = job if job is not None else where.job(None)["id"]
     limits = {
         "decode_s": seconds_of(max_decode_latency), "prefill_s": seconds_of(max_prefill_latency),
+        "decode_j": joules_of(max_decode_energy), "prefill_j": joules_of(max_prefill_energy),
     }  # fmt: skip
     given = {name: value for name, value in limits.items() if value is not None}
     found = where.solve(number, numbers_of(bits) or (), sizes_of(max_size) or (), given)

@@ -13,7 +13,7 @@ import numpy as np
 
 from bitfront import caching, latency
 from bitfront.findings import additive, few_tokens
-from cost_models.memory import Sharing
+from cost_models.memory import PHASES, Sharing
 from quantization.units import Layout
 from search.front import non_dominated
 from search.statistics import Interval, mean_interval, paired_difference
@@ -314,6 +314,8 @@ class Constraints:
     memory_bytes: float = inf
     decode_s: float = inf
     prefill_s: float = inf
+    decode_j: float = inf
+    prefill_j: float = inf
 
 
 def best_point(
@@ -339,7 +341,7 @@ def best_point(
             limits.memory_bytes,
             memory,
         ),
-        *_latency_checks(front, limits),
+        *_spending_checks(front, limits),
     ]
     checks = [check for check in known if check[1] < inf]
     fitting = [p for p in front.points if all(value(p) <= limit for _, limit, value in checks)]
@@ -358,18 +360,20 @@ def best_point(
     return None, "no measured point meets these constraints together; relax one of them"
 
 
-def _latency_checks(front: Front, limits: Constraints) -> list[tuple[str, float, Any]]:
+def _spending_checks(front: Front, limits: Constraints) -> list[tuple[str, float, Any]]:
     """Those that the query asks for; a point that nobody timed meets none."""
-    wanted = {"decode": limits.decode_s, "prefill": limits.prefill_s}
     return [
-        (f"{phase}_s", limit, partial(_seconds, front.job, phase))
-        for phase, limit in wanted.items()
-        if limit < inf
+        (f"{phase}_{unit}", limit, partial(_taken, front.job, of, phase))
+        for unit, of in (("s", latency.seconds), ("j", latency.joules))
+        for phase in PHASES
+        if (limit := getattr(limits, f"{phase}_{unit}")) < inf
     ]
 
 
-def _seconds(job: Job, phase: str, point: Point) -> float:
-    found = latency.seconds(job, point.map_hash, phase)
+def _taken(
+    job: Job, of: Callable[[Job, str, str], float | None], phase: str, point: Point
+) -> float:
+    found = of(job, point.map_hash, phase)
     return inf if found is None else found
 
 

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitfront.config import JobConfig, load_config
-from bitfront.options import bytes_of, names_of, numbers_of, seconds_of, serving_of, sizes_of
+from bitfront.options import (
+    bytes_of,
+    joules_of,
+    names_of,
+    numbers_of,
+    seconds_of,
+    serving_of,
+    sizes_of,
+)
 
 PLAIN = (
     "menu", "revision", "quantizer", "imatrix", "bank", "dtype", "transform", "interactions", "seed",
@@ -43,6 +51,8 @@ def job_config(given: Mapping[str, Any]) -> JobConfig:
         "serving.max_memory_bytes": bytes_of(max_memory) if max_memory else None,
         "serving.max_decode_s": seconds_of(given["max_decode_latency"]),
         "serving.max_prefill_s": seconds_of(given["max_prefill_latency"]),
+        "serving.max_decode_j": joules_of(given["max_decode_energy"]),
+        "serving.max_prefill_j": joules_of(given["max_prefill_energy"]),
         **{f"texts.{role}.source": given[f"{role}_text"] or given["text"] for role in ROLES},
     }
     return load_config(given["model"], given["config"], overrides)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bitfront.sizes import show_seconds
+from bitfront.sizes import show_joules, show_seconds
 from cost_models.memory import PHASES
 from store.tables import Job
 
@@ -17,6 +17,13 @@ def seconds(job: Job, map_hash: str, phase: str) -> float | None:
         return None
     value: float = found.get("measured", found["predicted"])[phase]
     return value
+
+
+def joules(job: Job, map_hash: str, phase: str) -> float | None:
+    """What a map costs: as a counter watched it run, else predicted; None if nobody knows."""
+    known = _maps(job).get(map_hash, {})
+    watched: float | None = known.get("joules", {}).get(phase)
+    return known.get("predicted_joules", {}).get(phase) if watched is None else watched
 
 
 def document(job: Job, points: Sequence[Any]) -> dict[str, Any] | None:
@@ -36,7 +43,7 @@ def remarks(job: Job, points: Sequence[Any]) -> list[str]:
         return []
     return [
         _source(facts), *_checked(job), *_binding(job, points), *_uncontrolled(job, points),
-        *_cells(facts),
+        *_energy(job, points), *_cells(facts),
     ]  # fmt: skip
 
 
@@ -95,14 +102,30 @@ def _binding(job: Job, points: Sequence[Any]) -> list[str]:
     return found
 
 
+def _energy(job: Job, points: Sequence[Any]) -> list[str]:
+    """Where joules come from, and points that take more than was allowed."""
+    source = (job.facts["times"].get("joules") or {}).get("source")
+    limits = {p: job.config.get("serving", {}).get(f"max_{p}_j") for p in PHASES}
+    found = [f"Energy: {source}."] if source else []
+    for phase, most in limits.items():
+        for point in points if most is not None else ():
+            spent = joules(job, point.map_hash, phase)
+            if spent is not None and spent > most:
+                found.append(
+                    f"Point {point.id} takes {show_joules(spent)} for {WORDS[phase]}, MORE than the "
+                    f"{show_joules(most)} allowed: the prediction was too low."
+                )
+    return found
+
+
 def _uncontrolled(job: Job, points: Sequence[Any]) -> list[str]:
     """Controls are left out where limits forbid them, since they could end up as the answer."""
     serving = job.config.get("serving", {})
-    limited = any(serving.get(f"max_{phase}_s") for phase in PHASES)
+    limited = any(serving.get(f"max_{phase}_{unit}") for phase in PHASES for unit in "sj")
     if not limited or any(point.control for point in points):
         return []
     return [
-        "No uniform or random map keeps the latency limit: there is no control to compare with."
+        "No uniform or random map keeps the limits on latency and energy: there is no control to compare with."
     ]
 
 

@@ -54,6 +54,13 @@ def seconds_of(text: str | None) -> float | None:
     return parse_seconds(text) if text else None
 
 
+def joules_of(text: str | None) -> float | None:
+    """An energy such as 40mJ, in joules."""
+    from bitfront.sizes import parse_joules
+
+    return parse_joules(text) if text else None
+
+
 def serving_of(
     engine: str | None,
     device: str | None,

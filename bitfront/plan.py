@@ -143,15 +143,13 @@ class Plan:
     def problem(self, loss: NDArray[np.float64]) -> Problem:
         """The allocation problem under a loss table."""
         offered = self.offered
-        if self.times:
-            for phase in serving.limits_s(self.config.serving):
-                offered = offered & np.isfinite(self.times.tables_s[phase])
+        limited = serving.limited(self.config.serving, self.times)
+        for own in limited:
+            offered = offered & np.isfinite(own.spending.table(own.phase))
         costs = {weight_bytes.RESOURCE: self.bytes_table}
         if self.changes:
             costs[rules.CHANGED] = self.changes[0]
-        if self.times:
-            for phase in serving.limits_s(self.config.serving):
-                costs[serving.resource(phase)] = self.times.costs(phase)
+        costs |= {own.resource: own.spending.costs(own.phase) for own in limited}
         few = rules.few_formats(self.config.menu, self.menu)
         names = tuple(unit.name for unit in self.layout.units)
         return Problem(np.where(offered, loss, 0.0), costs, offered, few, names)
@@ -165,10 +163,8 @@ class Plan:
     def other_limits(self) -> dict[str, int]:
         """Limits beside the budgets."""
         limits = {rules.CHANGED: self.changes[1]} if self.changes else {}
-        if self.times:
-            for phase, limit_s in serving.limits_s(self.config.serving).items():
-                limit = self.times.limit(phase, limit_s, self.offered)
-                limits[serving.resource(phase)] = limit
+        for own in serving.limited(self.config.serving, self.times):
+            limits[own.resource] = own.spending.limit(own.phase, own.most, self.offered)
         return limits
 
     def weight_bytes(self, choice: NDArray[np.intp]) -> int:

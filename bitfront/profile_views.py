@@ -18,7 +18,6 @@ from bitfront.sizes import show_seconds
 from cost_models.devices import LOCAL
 from cost_models.memory import PHASES
 from engines import load_timed
-from engines.power import processor_counter
 from quantization.adapter import describe
 from quantization.checkpoints import load_config, resolve
 from sensitivity import menu
@@ -123,7 +122,7 @@ def _remarks(found: Profile) -> list[str]:
         for fit in (found.fits[phase],)
         if fit.error is not None
     ]
-    counter, why = processor_counter()
+    counter, why = found.subject.engine.counter()
     lines.append(f"Energy is measured with whole maps: {why}." if counter else f"No energy: {why}.")
     if found.noisy:
         lines.append(

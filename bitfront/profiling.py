@@ -163,6 +163,26 @@ class Profile:
         usual = np.median([np.median(_phase(other, phase)[1]) for _, other in self.maps])
         return float(usual) * measured.Ratio.of(*_phase(row, phase)).value
 
+    def joules(self) -> dict[Phase, list[tuple[float | None, float]]]:
+        """Joules (None: not watched) and seconds of each map that was run."""
+        return {
+            phase: [
+                (row.prefill_j if phase == "prefill" else row.decode_j, self.measured_s(row, phase))
+                for _, row in self.maps
+            ]
+            for phase in PHASES
+        }
+
+    @property
+    def no_joules(self) -> str:
+        """Why no map's energy is known, where none is."""
+        counter, why = self.subject.engine.counter()
+        return (
+            f"maps were timed when their energy couldn't be read; now it can ({why})"
+            if counter
+            else why
+        )
+
     @property
     def noisy(self) -> list[CellTime]:
         """Products whose repeats differ more than schemes do."""

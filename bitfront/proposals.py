@@ -8,7 +8,8 @@ import numpy as np
 from bitfront.budgets import most_bytes
 from bitfront.fronts import PRESET
 from bitfront.plan import Plan
-from bitfront.serving import limits_s, resource
+from bitfront.serving import limited
+from bitfront.sizes import show_joules, show_seconds
 from bitfront.uniforms import uniform_maps
 from cost_models import weight_bytes
 from quantization.checkpoints import load_config
@@ -93,15 +94,16 @@ def _presets(plan: Plan) -> Iterator[tuple[str, Choice]]:
 
 
 def _in_seconds(plan: Plan) -> str:
-    """What limits on nanoseconds are, to those who gave milliseconds."""
-    if plan.times is None or not (limits := limits_s(plan.config.serving)):
-        return ""
-    told = ", ".join(
-        f"{resource(phase)} is what {1e3 * limit:.4g} ms leave for the products of weights beside "
-        f"{1e3 * plan.times.overhead_s[phase]:.3g} ms of everything else"
-        for phase, limit in limits.items()
-    )
-    return f" ({told})"
+    """What limits on nanoseconds are, to those who gave milliseconds; and on nanojoules."""
+    found = []
+    for own in limited(plan.config.serving, plan.times):
+        show = show_seconds if own.spending is plan.times else show_joules
+        beside = show(max(own.spending.fixed(own.phase), 0.0))
+        found.append(
+            f"{own.resource} is what {show(own.most)} leave for the products of weights beside "
+            f"{beside} of everything else"
+        )
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _solvable(plan: Plan, problem: Problem) -> list[int]:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from bitfront import caching, rules
 from bitfront.config import JobConfig
 from bitfront.fronts import layout_of
-from cost_models.memory import PHASES
+from bitfront.spending import FINE
+from cost_models.memory import PHASES, Phase
 from quantization.errors import BitfrontError
 from quantization.precision_map import map_hash
 from quantization.schemes import Scheme
@@ -25,9 +26,9 @@ from store.tables import Job
 
 if TYPE_CHECKING:
     from bitfront.run import Run  # torch
+    from bitfront.serving import Times
 
 BYTES = "weight_bytes"
-NANOSECONDS = 1e9
 
 
 class NoTablesError(BitfrontError):
@@ -51,6 +52,7 @@ def keep_tables(run: "Run", problems: dict[str, Problem]) -> None:
                 "seconds": _plain(plan.times.tables_s[phase]),
                 "overhead_s": plan.times.overhead_s[phase],
                 "error": plan.times.errors[phase],
+                **_joules(plan.times, phase),
             }
             for phase in PHASES
         }
@@ -62,7 +64,7 @@ def solve_again(
     job: Job,
     average_bits: Sequence[float] = (),
     weight_bytes: Sequence[int] = (),
-    limits_s: dict[str, float] | None = None,
+    limits: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """The best maps within other budgets, by the job's own tables.
 
@@ -71,7 +73,8 @@ def solve_again(
         job: done, or near its end.
         average_bits: budgets as bits a weight of the units that the job decides.
         weight_bytes: budgets as bytes of the whole model.
-        limits_s: upper bounds on `decode_s` and `prefill_s`, for all of them; by default the job's.
+        limits: upper bounds on `decode_s`, `prefill_s`, `decode_j` and `prefill_j`, for all of them;
+            by default the job's.
 
     Raises:
         NoTablesError: the job has none (yet), or no times though they are limited.
@@ -88,12 +91,12 @@ def solve_again(
         )
     given = _Given(job, tables)
     serving = job.config.get("serving") or {}
-    own = {f"{phase}_s": serving.get(f"max_{phase}_s") for phase in PHASES}
-    limits_wanted = {**{n: s for n, s in own.items() if s is not None}, **(limits_s or {})}
-    problem, others = given.problem(limits_wanted)
+    own = {f"{p}_{unit}": serving.get(f"max_{p}_{unit}") for p in PHASES for unit in "sj"}
+    wanted = {**{n: most for n, most in own.items() if most is not None}, **(limits or {})}
+    problem, others = given.problem(wanted)
     budgets = sorted({*weight_bytes, *(given.bytes_of(bits) for bits in average_bits)})
-    limits = [budget - given.other_bytes for budget in budgets]
-    solutions = sweep(problem, BYTES, limits, others)
+    bounds = [budget - given.other_bytes for budget in budgets]
+    solutions = sweep(problem, BYTES, bounds, others)
     layout = layout_of(job, find_model(store, job.model_hash))
     measured = {c.map_hash: c.point for c in candidates_of(store, job.id) if c.finalist}
     found = []
@@ -131,21 +134,20 @@ class _Given:
         self._offered = np.array([[s.name in row for s in self.menu] for row in names])
         self._open = self._offered.sum(axis=1) > 1
 
-    def problem(self, limits_s: dict[str, float]) -> tuple[Problem, dict[str, int]]:
+    def problem(self, limits: dict[str, float]) -> tuple[Problem, dict[str, int]]:
         """The problem, and its limits beside the budget on bytes."""
         menu = JobConfig.model_validate(self._job.config).menu
         loss = np.array(self._tables["loss"], dtype=np.float64)
         offered = self._offered & np.isfinite(loss)
         costs, others = {BYTES: self._bytes}, {}
-        for name, limit_s in limits_s.items():
-            phase = self._phase(name.removesuffix("_s"))
-            seconds = np.array(phase["seconds"], dtype=np.float64)
-            offered &= np.isfinite(seconds)
-            costs[name] = np.ceil(np.nan_to_num(seconds) * NANOSECONDS).astype(np.int64)
-            fastest = np.where(offered, seconds, np.inf).min(axis=1).sum() + phase["overhead_s"]
-            careful = limit_s / (1 + (phase["error"] or 0.0))  # as when the job was searched
-            kept = min(limit_s, max(careful, float(fastest)))
-            others[name] = int((kept - phase["overhead_s"]) * NANOSECONDS) + len(seconds)
+        for name, most in limits.items():
+            table, fixed, error = self._spending(name)
+            offered &= np.isfinite(table)
+            costs[name] = np.ceil(np.nan_to_num(table) * FINE).astype(np.int64)
+            least = np.where(offered, table, np.inf).min(axis=1).sum() + fixed
+            careful = most / (1 + error)  # as when the job was searched
+            kept = min(most, max(careful, float(least)))
+            others[name] = int((kept - fixed) * FINE) + len(table)
         if changes := rules.changes(menu, self.menu, self._offered):
             costs[rules.CHANGED], others[rules.CHANGED] = changes
         few = rules.few_formats(menu, self.menu)
@@ -180,16 +182,37 @@ class _Given:
         """Weights of the units that the job decides."""
         return int(self._tables["numel"])
 
-    def _phase(self, name: str) -> dict[str, Any]:
-        found = self._tables["phases"].get(name)
+    def _spending(self, name: str) -> tuple[NDArray[np.float64], float, float]:
+        """A table, what every map takes beside it, and the error: of `decode_s` or `prefill_j`."""
+        phase, _, unit = name.partition("_")
+        found = self._tables["phases"].get(phase)
         if found is None:
             raise NoTablesError(
                 f"job {self._job.id} knows no seconds: search with --engine llama.cpp, then ask again"
             )
-        phase: dict[str, Any] = found
-        return phase
+        if unit == "s":
+            names = "seconds", "overhead_s", "error"
+        elif "joules" in found:
+            names = "joules", "fixed_j", "joules_error"
+        else:
+            raise NoTablesError(
+                f"job {self._job.id} knows no joules: its device has no counter that could be read, or "
+                "it was searched before they were kept; search again where energy can be read"
+            )
+        table, fixed, error = (found[name] for name in names)
+        return np.array(table, dtype=np.float64), float(fixed), float(error or 0.0)
 
 
 def _plain(table: NDArray[np.float64]) -> list[list[float | None]]:
     """As JSON has it."""
     return [[float(x) if np.isfinite(x) else None for x in row] for row in table]
+
+
+def _joules(times: "Times", phase: Phase) -> dict[str, Any]:
+    if isinstance(times.joules, str):
+        return {}
+    return {
+        "joules": _plain(times.joules.table(phase)),
+        "fixed_j": times.joules.fixed(phase),
+        "joules_error": times.joules.errors[phase],
+    }

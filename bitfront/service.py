@@ -79,7 +79,7 @@ class Desk(Protocol):
         number: int,
         average_bits: Sequence[float] = (),
         weight_bytes: Sequence[int] = (),
-        limits_s: Mapping[str, float] | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> Document:
         """Predicted maps for other budgets."""
 
@@ -164,13 +164,13 @@ class Service:
         number: int,
         average_bits: Sequence[float] = (),
         weight_bytes: Sequence[int] = (),
-        limits_s: Mapping[str, float] | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> Document:
         """See `Desk.solve`."""
         from bitfront.resolving import solve_again
 
         job = find_job(self.store, number)
-        return solve_again(self.store, job, average_bits, weight_bytes, dict(limits_s or {}))
+        return solve_again(self.store, job, average_bits, weight_bytes, dict(limits or {}))
 
     def query(
         self,

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from bitfront.config import ConfigError, ServingConfig
 from bitfront.profiling import Profile, Subject, profile
 from bitfront.progress import Progress
-from cost_models.devices import LOCAL, Device, load_device
+from bitfront.spending import Joules, Spending, joules_of_runs
+from cost_models.devices import LOCAL, Device, DeviceError, load_device
 from cost_models.memory import FULL_CACHE_BITS, PHASES, Phase, Workload
 from cost_models.probing import core_limit, local_name
 from engines import Engine, Rules, load_engine
@@ -22,7 +23,6 @@ from quantization.checkpoints import Checkpoint, load_config
 from quantization.schemes import Scheme
 from quantization.units import Layout
 from search.errors import InfeasibleBudgetError
-from search.problem import Choice
 from store.database import Store
 from store.times import Place
 from workers.pool import Pool
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
     from bitfront.plan import Plan
 
 MEASURED, ANALYTICAL = "measured", "analytical"
-NANOSECONDS = 1e9
 NO_BITS = 1e-9
 
 
 @dataclass(frozen=True)
-class Times:
+class Times(Spending):
     """Seconds of a job's maps, by phase.
 
     Args:
@@ -45,6 +44,7 @@ class Times:
         overhead_s: what every map takes beside its units.
         errors: relative, of a prediction (one standard deviation); None where nobody has checked.
         profile: what they come from, where they were measured.
+        joules: what they cost, where that is known; else the reason, in words.
     """
 
     source: str
@@ -52,33 +52,31 @@ class Times:
     overhead_s: Mapping[Phase, float]
     errors: Mapping[Phase, float | None]
     profile: Profile | None = None
+    joules: Joules | str = ""
 
-    def predict(self, choice: Choice, phase: Phase) -> float:
-        """Seconds of a map."""
-        rows = np.arange(len(choice))
-        return float(self.tables_s[phase][rows, choice].sum()) + self.overhead_s[phase]
+    def table(self, phase: Phase) -> NDArray[np.float64]:
+        """See `Spending.table`."""
+        return self.tables_s[phase]
 
-    def costs(self, phase: Phase) -> NDArray[np.int64]:
-        """The table in whole nanoseconds, rounded up, so that sums are exact and keep limits."""
-        table = np.nan_to_num(self.tables_s[phase], nan=0.0, posinf=0.0)
-        return np.ceil(table * NANOSECONDS).astype(np.int64)
+    def fixed(self, phase: Phase) -> float:
+        """See `Spending.fixed`."""
+        return self.overhead_s[phase]
 
-    def fastest(self, phase: Phase, offered: NDArray[np.bool_]) -> float:
-        """Seconds of the fastest map; infinite where a unit has no kernel with a time."""
-        table = self.tables_s[phase]
-        own = np.where(offered & np.isfinite(table), table, np.inf)
-        return float(own.min(axis=1).sum()) + self.overhead_s[phase]
 
-    def limit(self, phase: Phase, limit_s: float, offered: NDArray[np.bool_]) -> int:
-        """What of a limit is left for the units, in nanoseconds.
+@dataclass(frozen=True)
+class Limited:
+    """A limit of a job on what a phase takes.
 
-        A standard error of the model is kept back, where a map is that fast: under a limit a solver
-        finds the maps that the model takes for faster than they are.
-        """
-        careful = limit_s / (1 + (self.errors[phase] or 0.0))
-        kept = min(limit_s, max(careful, self.fastest(phase, offered)))
-        rounded_up = offered.shape[0]  # nanoseconds: each unit's are
-        return int((kept - self.overhead_s[phase]) * NANOSECONDS) + rounded_up
+    Args:
+        resource: its name in the allocation problem.
+        spending: seconds or joules.
+        most: in that unit.
+    """
+
+    resource: str
+    phase: Phase
+    spending: Spending
+    most: float
 
 
 def resource(phase: Phase) -> str:
@@ -92,6 +90,34 @@ def limits_s(serving: ServingConfig) -> dict[Phase, float]:
         "prefill": serving.max_prefill_s, "decode": serving.max_decode_s,
     }  # fmt: skip
     return {phase: limit for phase, limit in wanted.items() if limit is not None}
+
+
+def limits_j(serving: ServingConfig) -> dict[Phase, float]:
+    """The phases that are limited, in joules."""
+    wanted: dict[Phase, float | None] = {
+        "prefill": serving.max_prefill_j, "decode": serving.max_decode_j,
+    }  # fmt: skip
+    return {phase: limit for phase, limit in wanted.items() if limit is not None}
+
+
+def limited(serving: ServingConfig, times: Times | None) -> list[Limited]:
+    """All limits of a job on what its maps take; none before their times are known.
+
+    Raises:
+        ConfigError: joules are limited, and nobody knows them.
+    """
+    if times is None:
+        return []
+    found = [
+        Limited(resource(phase), phase, times, most) for phase, most in limits_s(serving).items()
+    ]
+    for phase, most in limits_j(serving).items():
+        if isinstance(times.joules, str):
+            raise ConfigError(
+                f"energy can't be limited: {times.joules}; leave --max-{phase}-energy out"
+            )
+        found.append(Limited(f"{phase}_nj", phase, times.joules, most))
+    return found
 
 
 def workload_of(serving: ServingConfig) -> Workload:
@@ -109,14 +135,15 @@ def engine_of(serving: ServingConfig) -> Rules | None:
                 "a device or threads to serve with mean nothing without an engine; "
                 "give --engine llama.cpp too"
             )
-        if limits_s(serving):
+        if limits_s(serving) or limits_j(serving):
+            what = "a latency" if limits_s(serving) else "an energy"
             raise ConfigError(
-                "a latency limit needs an engine whose kernels are timed; give --engine llama.cpp"
+                f"{what} limit needs an engine whose kernels are timed; give --engine llama.cpp"
             )
         return None
     engine = load_engine(serving.engine)
     if serving.device == LOCAL and not isinstance(engine, Engine):
-        if limits_s(serving) or serving.threads:
+        if limits_s(serving) or limits_j(serving) or serving.threads:
             raise ConfigError(
                 f"{engine.name} can't be timed on this machine; name a device of the catalogue "
                 "(bitfront devices) for analytical latencies, or leave the limits out"
@@ -128,12 +155,19 @@ def engine_of(serving: ServingConfig) -> Rules | None:
             raise ConfigError(
                 f"threads are of this machine; leave --threads out for '{serving.device}'"
             )
-    elif serving.tensor_parallel > 1:
+        return engine
+    assert isinstance(engine, Engine)
+    if limits_j(serving) and not (watched := engine.counter())[0]:
+        raise ConfigError(
+            f"energy can't be limited on this machine: {watched[1]}; name a device of the catalogue "
+            "(bitfront devices) for a rough figure, or leave the limit out"
+        )
+    if serving.tensor_parallel > 1:
         raise ConfigError(
             f"tensor_parallel is {serving.tensor_parallel}, and {engine.name} is timed on one device "
             "of this machine; name a device of the catalogue (bitfront devices)"
         )
-    elif serving.batch > 1:
+    if serving.batch > 1:
         raise ConfigError(
             f"batch is {serving.batch}, and {engine.name} is timed for one sequence on this "
             "machine; leave --batch out, or name a device of the catalogue (bitfront devices)"
@@ -189,10 +223,11 @@ def measured_times(found: Profile) -> Times:
     errors: dict[Phase, float | None] = {}
     for phase, fit in found.fits.items():
         errors[phase] = fit.error
-    return Times(
+    times = Times(
         MEASURED, {p: found.table_s(p) for p in PHASES},
         {p: found.fits[p].overhead_s for p in PHASES}, errors, found,
     )  # fmt: skip
+    return replace(times, joules=joules_of_runs(times, found.joules()) or found.no_joules)
 
 
 def analytical_times(
@@ -204,34 +239,54 @@ def analytical_times(
     workload: Workload,
 ) -> Times:
     """By the roofline."""
+    from cost_models import energy
     from cost_models.geometry import geometry_of
     from cost_models.roofline import fixed_s, table
 
     geometry = geometry_of(load_config(checkpoint), layout)
     open_cache = len(layout.weights) < len(layout.units)
     bits = NO_BITS if open_cache else FULL_CACHE_BITS  # then it is in the table
-    return Times(
+    times = Times(
         ANALYTICAL,
         {p: table(layout, geometry, menu, device, workload, p, engine.name) for p in PHASES},
         {p: fixed_s(layout, geometry, device, workload, p, bits) for p in PHASES},
         dict.fromkeys(PHASES),
     )
+    try:
+        device = device if device.energy else energy.from_power(device)
+    except DeviceError as error:
+        return replace(times, joules=str(error))
+    assert device.energy
+    tables = {
+        p: energy.table(layout, geometry, menu, device, workload, p, engine.name) for p in PHASES
+    }
+    fixed = {p: energy.fixed_j(layout, geometry, device, workload, p, bits) for p in PHASES}
+    joules = Joules(device.energy.source, tables, fixed, dict.fromkeys(PHASES))
+    return replace(times, joules=joules)
 
 
 def check_limits(plan: "Plan", times: Times) -> None:
-    """Refuse limits that no map keeps, with what the fastest takes."""
-    for phase, limit in limits_s(plan.config.serving).items():
-        least = times.fastest(phase, plan.offered)
+    """Refuse limits that no map keeps, with what the cheapest takes."""
+    for own in limited(plan.config.serving, times):
+        phase, table = own.phase, own.spending.table(own.phase)
+        least = own.spending.least(phase, plan.offered)
         if not np.isfinite(least):
-            timed = plan.offered & np.isfinite(times.tables_s[phase])
-            unit = plan.layout.units[int(np.argmin(timed.any(axis=1)))].name
+            known = plan.offered & np.isfinite(table)
+            unit = plan.layout.units[int(np.argmin(known.any(axis=1)))].name
             raise ConfigError(f"{unit} has no scheme whose kernel could be timed; widen the menu")
-        if least > limit:
+        if least <= own.most:
+            continue
+        if own.spending is not times:
             raise InfeasibleBudgetError(
-                f"no map has a {phase} latency of at most {1e3 * limit:.4g} ms: the fastest takes "
-                f"{1e3 * least:.4g} ms ({1e3 * times.overhead_s[phase]:.3g} ms of it beside the "
-                "products of weights); raise the limit, or add faster formats to the menu"
+                f"no map takes at most {own.most:.4g} J in {phase}: the least is {least:.4g} J "
+                f"({own.spending.fixed(phase):.3g} J of it beside the products of weights); raise "
+                "the limit, or add smaller formats to the menu"
             )
+        raise InfeasibleBudgetError(
+            f"no map has a {phase} latency of at most {1e3 * own.most:.4g} ms: the fastest takes "
+            f"{1e3 * least:.4g} ms ({1e3 * times.overhead_s[phase]:.3g} ms of it beside the "
+            "products of weights); raise the limit, or add faster formats to the menu"
+        )
 
 
 def summary(times: Times, plan: "Plan") -> dict[str, Any]:
@@ -247,8 +302,15 @@ def summary(times: Times, plan: "Plan") -> dict[str, Any]:
         "workload": vars(workload_of(serving)),
         "overhead_s": dict(times.overhead_s),
         "errors": dict(times.errors),
+        "joules": _joules_summary(times.joules),
         "noisy_cells": len(found.noisy) if found else 0,
         "failed_cells": [f"{c.kernel} {c.rows}x{c.columns}: {c.failure}" for c in found.failed]
         if found
         else [],
     }
+
+
+def _joules_summary(found: Joules | str) -> dict[str, Any]:
+    if isinstance(found, str):
+        return {"source": None, "unknown": found}
+    return {"source": found.source, "fixed_j": dict(found.fixed_j), "errors": dict(found.errors)}

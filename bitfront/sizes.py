@@ -1,4 +1,4 @@
-"""Sizes and times as people write them (`120MB`, `1.5GiB`, `8ms`), to bytes and seconds and back."""
+"""Sizes, times and energies as people write them (`120MB`, `8ms`, `40mJ`), to numbers and back."""
 
 import re
 
@@ -10,6 +10,7 @@ UNITS = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+ENERGIES = {"j": 1.0, "mj": 1e-3, "kj": 1e3}
 PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -27,6 +28,20 @@ def parse_seconds(text: str) -> float:
     if not match or match.group(2).lower() not in TIMES or not float(match.group(1)):
         raise BitfrontError(f"'{text}' is not a time; write 8ms, 250us or 1.5s")
     return float(match.group(1)) * TIMES[match.group(2).lower()]
+
+
+def parse_joules(text: str) -> float:
+    """Joules of `40mJ` or `1.5J`."""
+    match = PATTERN.fullmatch(text)
+    if not match or match.group(2).lower() not in ENERGIES or not float(match.group(1)):
+        raise BitfrontError(f"'{text}' is not an energy; write 40mJ, 1.5J or 2kJ")
+    return float(match.group(1)) * ENERGIES[match.group(2).lower()]
+
+
+def show_joules(joules: float) -> str:
+    """`41.3 mJ`."""
+    unit, size = ("J", 1.0) if joules >= 1 else ("mJ", 1e-3)
+    return f"{joules / size:.4g} {unit}"
 
 
 def show_seconds(seconds: float) -> str:

@@ -9,8 +9,16 @@ import numpy as np
 from bitfront.profiling import time_maps
 from bitfront.proposals import choice_of, propose
 from bitfront.run import Run
-from bitfront.serving import Times, check_limits, limits_s, measured_times, resource, summary, timed
-from cost_models.memory import PHASES, Phase
+from bitfront.serving import (
+    Limited,
+    Times,
+    check_limits,
+    limited,
+    measured_times,
+    summary,
+    timed,
+)  # fmt: skip
+from cost_models.memory import PHASES
 from search.problem import Choice, Problem
 from store.queries import update_job
 from store.tables import Candidate
@@ -35,11 +43,12 @@ def corrected(run: Run, problems: dict[str, Problem]) -> dict[str, Problem]:
     Under a limit a solver picks whatever the model takes for faster than it is. So some of its maps
     are run, the model is fitted again with them, and the limits are solved for once more.
     """
-    plan, limits = run.plan, limits_s(run.plan.config.serving)
+    plan, serving = run.plan, run.plan.config.serving
+    limits = limited(serving, plan.times)
     if not limits or plan.times is None or plan.times.profile is None:
         return problems
     profile = plan.times.profile
-    choices = _binding(run, plan.times, problems, limits)
+    choices = _binding(run, problems, limits)
     rows = time_maps(
         profile.subject, run.store, run.pool, run.progress, choices, SOLVED
     )  # fmt: skip
@@ -48,17 +57,15 @@ def corrected(run: Run, problems: dict[str, Problem]) -> dict[str, Problem]:
     run.plan = replace(plan, times=times)
     check_limits(run.plan, times)  # what the fit has learned may forbid the fastest map, too
     run.job = update_job(run.store, run.job.id, facts={"times": summary(times, run.plan)})
-    costs = {resource(phase): times.costs(phase) for phase in limits}
+    costs = {own.resource: own.spending.costs(own.phase) for own in limited(serving, times)}
     return {
         name: replace(problem, costs={**problem.costs, **costs})
         for name, problem in problems.items()
     }
 
 
-def _binding(
-    run: Run, times: Times, problems: dict[str, Problem], limits: dict[Phase, float]
-) -> list[Choice]:
-    """Solutions whose predicted times are near a limit, evenly over their sizes."""
+def _binding(run: Run, problems: dict[str, Problem], limits: Sequence[Limited]) -> list[Choice]:
+    """Solutions that are predicted to be near a limit, evenly over their sizes."""
     solved = [c for c in propose(run.plan, run.job.id, problems) if c.certificate]
     solved.sort(key=lambda candidate: candidate.weight_bytes)
     choices = [choice_of(run.plan, candidate) for candidate in solved]
@@ -66,8 +73,9 @@ def _binding(
         choice
         for choice in choices
         if any(
-            times.predict(choice, phase) > limit * (1 - 3 * (times.errors[phase] or 0.0))
-            for phase, limit in limits.items()
+            own.spending.predict(choice, own.phase)
+            > own.most * (1 - 3 * (own.spending.errors[own.phase] or 0.0))
+            for own in limits
         )
     ]
     places = np.unique(np.linspace(0, len(near) - 1, MOST_CORRECTIONS).round()).astype(int)
@@ -78,7 +86,10 @@ def check_times(run: Run, times: Times, finalists: Sequence[Candidate]) -> None:
     """Predicted seconds of the finalists, and measured ones where the engine is at hand."""
     choices = [choice_of(run.plan, candidate) for candidate in finalists]
     maps: dict[str, Any] = {
-        candidate.map_hash: {"predicted": {p: times.predict(choice, p) for p in PHASES}}
+        candidate.map_hash: {
+            "predicted": {p: times.predict(choice, p) for p in PHASES},
+            **_predicted_joules(times, choice),
+        }
         for candidate, choice in zip(finalists, choices, strict=True)
     }
     if found := times.profile:
@@ -94,3 +105,9 @@ def check_times(run: Run, times: Times, finalists: Sequence[Candidate]) -> None:
             }  # fmt: skip
     facts = {"times": {**run.job.facts["times"], "maps": maps}}
     run.job = update_job(run.store, run.job.id, facts=facts)
+
+
+def _predicted_joules(times: Times, choice: Choice) -> dict[str, Any]:
+    if isinstance(times.joules, str):
+        return {}
+    return {"predicted_joules": {p: times.joules.predict(choice, p) for p in PHASES}}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.power import Counter, gpu_counter, processor_counter
 from quantization.checkpoints import Checkpoint
 from quantization.precision_map import PrecisionMap
 from quantization.schemes import FULL_PRECISION, Scheme
@@ -210,6 +211,10 @@ class Engine(Rules):
     """Whether it runs on this machine's accelerator, and not on its processor."""
     reference: Scheme
     """What a model is stored as that others are timed in turns with."""
+
+    def counter(self) -> tuple[Counter | None, str]:
+        """What watches the energy of the chip that it runs on, and where that is, or why nothing does."""
+        return gpu_counter() if self.accelerated else processor_counter()
 
     @abstractmethod
     def kernel(self, scheme: Scheme, shape: tuple[int, ...]) -> str:

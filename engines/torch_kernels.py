@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from engines.base import Cell, Engine, Exercise, Run, Timing
 from engines.cuda_graphs import Captured, GraphModel
-from engines.power import gpu_counter, processor_counter
 from engines.turns import LEAST_S, joules_of, seconds_of, timing_beside, usual_of
 from evaluation.arithmetic import choose_dtype, default_device
 from quantization.checkpoints import Checkpoint, load_model
@@ -90,7 +89,7 @@ class TorchKernels(Engine):
         exercise: Exercise,
     ) -> tuple[Run, Run]:
         """See `Engine.time_map`."""
-        counter = (gpu_counter if self.accelerated else processor_counter)()[0]
+        counter, _ = self.counter()
         with _threads(exercise.threads), torch.inference_mode():
             modules = [_packed(checkpoint, layout, found) for found in (schemes, reference)]
             both = [GraphModel(m) if self.accelerated else _Model(m) for m in modules]

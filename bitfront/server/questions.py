@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitfront.answering import LIMITS
-from bitfront.config import Bits, Seconds
+from bitfront.config import Bits, Joules, Seconds
 from bitfront.config import Bytes as Size
 from bitfront.server.context import MOST_ID, Here, JobId, PointId
 from bitfront.server.problems import responses
@@ -37,6 +37,8 @@ class Solve(BaseModel):
     weight_bytes: Annotated[list[Size], MOST_BUDGETS] | Size = Field(default_factory=list)
     decode_s: Seconds | None = None
     prefill_s: Seconds | None = None
+    decode_j: Joules | None = None
+    prefill_j: Joules | None = None
 
 
 @router.get("/jobs/{job}/front")
@@ -57,7 +59,10 @@ def solve(context: Here, job: JobId, wanted: Solve) -> dict[str, Any]:
     bits, nbytes = _listed(wanted.average_bits), _listed(wanted.weight_bytes)
     if not bits and not nbytes:
         raise BitfrontError("give a budget: average_bits or weight_bytes")
-    limits = {"decode_s": wanted.decode_s, "prefill_s": wanted.prefill_s}
+    limits = {
+        "decode_s": wanted.decode_s, "prefill_s": wanted.prefill_s,
+        "decode_j": wanted.decode_j, "prefill_j": wanted.prefill_j,
+    }  # fmt: skip
     given = {k: v for k, v in limits.items() if v is not None}
     return context.service.solve(job, bits, nbytes, given)
 
@@ -86,6 +91,8 @@ def query(
     kl: Number = None,
     decode_s: Number = None,
     prefill_s: Number = None,
+    decode_j: Number = None,
+    prefill_j: Number = None,
     batch: Annotated[int | None, Query(ge=1, le=2**20)] = None,
     length: Annotated[int | None, Query(alias="context", ge=1, le=2**30)] = None,
 ) -> dict[str, Any]:
@@ -102,6 +109,7 @@ def query(
     limits: dict[str, float | None] = {
         "weight_bytes": weight_bytes, "memory_bytes": memory_bytes, "average_bits": average_bits,
         "kl": kl, "decode_s": decode_s, "prefill_s": prefill_s,
+        "decode_j": decode_j, "prefill_j": prefill_j,
     }  # fmt: skip
     return context.service.query(limits, job, model, engine, device, batch, length)
 

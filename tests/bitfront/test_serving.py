@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bitfront import latency
+from bitfront.answering import NothingFitsError
 from bitfront.budgets import working_bytes
 from bitfront.config import ConfigError, ServingConfig
 from bitfront.documents import front_document
@@ -20,6 +21,7 @@ from bitfront.plan import make_plan
 from bitfront.profiling import profile
 from bitfront.progress import Silent
 from bitfront.querying import run_query
+from bitfront.resolving import NoTablesError
 from bitfront.service import Service
 from bitfront.serving import measured_times, subject_of, timed, workload_of
 from cost_models.geometry import geometry_of
@@ -188,6 +190,92 @@ def test_limits_hold_for_every_map_that_is_proposed(folder, tmp_path, monkeypatc
         assert times["measured"]["decode"] == pytest.approx(times["predicted"]["decode"], rel=0.01)
 
 
+class Watched(Clockwork):
+    """With a counter of energy: 10 W while a prompt is read, 5 W while tokens are made."""
+
+    def counter(self):
+        return object(), "a test's"
+
+    def time_map(self, *arguments):
+        own, beside = super().time_map(*arguments)
+        spent = {"prefill_j": 10 * own.prefill_s[0], "decode_j": 5 * own.decode_s[0]}
+        return replace(own, **spent), beside
+
+
+def test_limits_on_energy_hold_where_a_counter_watches(folder, tmp_path, monkeypatch):
+    """In the search, when it is solved again, and in queries."""
+    monkeypatch.setitem(ENGINES._entries, "llama.cpp", f"{__name__}:Watched")
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    plan = make_plan(config_of(folder))
+    times = timed(plan, store, InProcessPool(spec_of(plan, None)), Silent())
+    joules = times.joules
+    some = plan.offered.argmax(axis=1)
+    assert joules.predict(some, "decode") == pytest.approx(5 * times.predict(some, "decode"))
+    assert joules.predict(some, "prefill") == pytest.approx(10 * times.predict(some, "prefill"))
+    known = np.where(plan.offered, joules.table("decode"), np.nan)
+    least, most = (float(f(known, axis=1).sum()) for f in (np.nanmin, np.nanmax))
+    limit = joules.fixed("decode") + (least + most) / 2
+    serving = SERVING.model_copy(update={"max_decode_j": limit})
+    job = run_search(make_plan(config_of(folder, serving)), store, InProcessPool, Silent())
+    solved = [c for c in candidates_of(store, job) if c.certificate]
+    assert len(solved) > 2
+    assert max(c.weight_bytes for c in solved) < plan.budgets[-1]  # bytes alone would allow more
+    front = load_front(store, find_job(store, job))
+    for point in front.points:
+        spent = latency.joules(front.job, point.map_hash, "decode")
+        assert spent <= limit * 1.001
+        assert spent == pytest.approx(5 * latency.seconds(front.job, point.map_hash, "decode"))
+    assert any("drew 10 W in prefill, 5 W in decode" in line for line in front.findings)
+    assert all(p["decode_j"] <= limit * 1.001 for p in front_document(front)["points"])
+    again = Service(store).solve(job, (), [plan.budgets[-1]])["solutions"][0]
+    assert again["weight_bytes"] < plan.budgets[-1]  # the job's own limit holds
+    low = min(latency.joules(front.job, p.map_hash, "decode") for p in front.points)
+    best, _ = best_point(front, Constraints(decode_j=low), size)
+    assert latency.joules(front.job, best.map_hash, "decode") == low
+    with pytest.raises(NothingFitsError, match=r"decode_j <= .*the smallest is"):
+        Service(store).query({"decode_j": low / 2}, job=job)
+
+
+def test_limits_on_energy_of_a_catalogued_device_are_rough_and_say_so(folder, tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    there = {"device": "rtx-4090", "threads": None}
+    plan = make_plan(config_of(folder, SERVING.model_copy(update=there)))
+    times = timed(plan, store, InProcessPool(spec_of(plan, None)), Silent())
+    known = np.where(plan.offered, times.joules.table("decode"), np.nan)
+    middle = float((np.nanmin(known, axis=1).sum() + np.nanmax(known, axis=1).sum()) / 2)
+    limit = times.joules.fixed("decode") + middle
+    serving = SERVING.model_copy(update={**there, "max_decode_j": limit})
+    job = run_search(make_plan(config_of(folder, serving)), store, InProcessPool, Silent())
+    front = load_front(store, find_job(store, job))
+    spent = [latency.joules(front.job, p.map_hash, "decode") for p in front.points]
+    assert max(spent) <= limit
+    assert any("derived from the power limit of 450 W" in line for line in front.findings)
+    serving = SERVING.model_copy(update={"device": "m3-max", "threads": None, "max_decode_j": 1.0})
+    with pytest.raises(ConfigError, match=r"energy can't be limited: .*'m3-max' has no tdp_w"):
+        run_search(make_plan(config_of(folder, serving)), store, InProcessPool, Silent())
+    serving = SERVING.model_copy(update={**there, "max_decode_j": 1e-12})
+    with pytest.raises(InfeasibleBudgetError, match=r"no map takes at most 1e-12 J in decode"):
+        run_search(make_plan(config_of(folder, serving)), store, InProcessPool, Silent())
+
+
+def test_a_job_without_a_counter_knows_no_energy(done, store, monkeypatch):
+    _, job = done
+    facts = find_job(store, job).facts["times"]["joules"]
+    if facts["source"]:
+        pytest.skip("this machine has a counter")
+    with pytest.raises(NothingFitsError, match="knows no energy"):
+        Service(store).query({"decode_j": 1.0}, job=job)
+    with pytest.raises(NoTablesError, match="knows no joules"):
+        Service(store).solve(job, [5.0], (), {"decode_j": 1.0})
+
+
+def test_limits_on_energy_want_a_counter(folder, monkeypatch):
+    monkeypatch.setattr(LlamaCpp, "counter", lambda _: (None, "nobody counts"))
+    serving = SERVING.model_copy(update={"max_decode_j": 1.0})
+    with pytest.raises(ConfigError, match="on this machine: nobody counts; name a device"):
+        make_plan(config_of(folder, serving))
+
+
 def test_limits_that_nothing_keeps_name_the_fastest(folder, store):
     serving = SERVING.model_copy(update={"max_decode_s": 1e-9})
     with pytest.raises(InfeasibleBudgetError, match=r"the fastest takes .* raise the limit"):
@@ -254,7 +342,8 @@ def test_fields_that_came_later_tell_no_job_apart(folder):
     """A store's jobs with an engine keep their keys; other answers are other jobs."""
     usual = ServingConfig(engine="vllm")
     dump = json.loads(usual.model_dump_json(exclude=usual.silent))
-    assert set(dump) & {"generated", "tensor_parallel"} == set()
+    later = {"generated", "tensor_parallel", "max_decode_j", "max_prefill_j"}
+    assert set(dump) & later == set()
     config = config_of(folder, usual, menu={**MENU, "schemes": ["int8-g32-bf16", "bf16"]})
     with pytest.raises(ConfigError, match="menu leaves nothing to decide"):  # no kernel so narrow
         make_plan(config)
@@ -373,6 +462,8 @@ def test_limits_on_seconds_want_an_engine(folder):
         ),
         (["search", "MODEL", "--max-decode-latency", "8"], "'8' is not a time; write 8ms"),
         (["search", "MODEL", "--max-decode-latency", "8ms"], "needs an engine"),
+        (["search", "MODEL", "--max-decode-energy", "8"], "'8' is not an energy; write 40mJ"),
+        (["search", "MODEL", "--max-prefill-energy", "8J"], "an energy limit needs an engine"),
         (
             ["search", "MODEL", "--engine", "llama.cpp", "--menu", "int4-g64,int8-g64"],
             "no kernel for int4-g64",

@@ -77,7 +77,8 @@ class Subject:
     @property
     def exercise(self) -> Exercise:
         """What whole maps are timed at."""
-        return Exercise(self.workload.prompt, self.workload.context, GENERATED, self.place.threads)
+        load = self.workload
+        return Exercise(load.prompt, load.context, GENERATED, self.place.threads, load.batch)
 
     def schemes(self, choice: Choice) -> tuple[Scheme, ...]:
         """Those of an assignment."""
@@ -107,7 +108,7 @@ class Subject:
     def map_key(self, choice: Choice) -> str:
         """Of the store."""
         maps = self.map_of(self.schemes(choice)), self.map_of(self.reference)
-        return self.place.of(*maps, *asdict(self.exercise).items())
+        return self.place.of(*maps, *self.exercise.key)
 
     @property
     def anchors(self) -> list[Choice]:

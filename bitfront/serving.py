@@ -167,7 +167,7 @@ def engine_of(serving: ServingConfig) -> Rules | None:
             f"tensor_parallel is {serving.tensor_parallel}, and {engine.name} is timed on one device "
             "of this machine; name a device of the catalogue (bitfront devices)"
         )
-    if serving.batch > 1:
+    if serving.batch > 1 and not engine.batched:
         raise ConfigError(
             f"batch is {serving.batch}, and {engine.name} is timed for one sequence on this "
             "machine; leave --batch out, or name a device of the catalogue (bitfront devices)"

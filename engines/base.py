@@ -99,12 +99,20 @@ class Exercise:
         past: tokens in the KV cache when tokens are generated.
         generated: how many are.
         threads: of the CPU.
+        batch: sequences side by side, each with such a prompt and cache.
     """
 
     prompt: int
     past: int
     generated: int
     threads: int
+    batch: int = 1
+
+    @property
+    def key(self) -> tuple[tuple[str, int], ...]:
+        """What tells it apart; one sequence goes without saying, as when there was no batch."""
+        every = vars(self).items()
+        return tuple((name, value) for name, value in every if (name, value) != ("batch", 1))
 
 
 @dataclass(frozen=True)
@@ -209,6 +217,8 @@ class Engine(Rules):
     """A product that all others are timed beside."""
     accelerated: bool = False
     """Whether it runs on this machine's accelerator, and not on its processor."""
+    batched: bool = False
+    """Whether whole models are timed with several sequences side by side."""
     reference: Scheme
     """What a model is stored as that others are timed in turns with."""
 

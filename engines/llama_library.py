@@ -214,6 +214,7 @@ class LlamaModel:
         context: tokens that its KV cache holds.
         batch: tokens that are processed at once.
         caches: ggml's types of the cache's keys and values.
+        sequences: side by side, each with a cache of its own.
 
     Raises:
         EngineError: llama.cpp refuses the file, or has no memory for it.
@@ -226,14 +227,17 @@ class LlamaModel:
         context: int = 1024,
         batch: int = 512,
         caches: tuple[str, str] = PLAIN_CACHE,
+        sequences: int = 1,
     ) -> None:
         self._llama = llama()
-        self.threads, self.caches = threads, caches
+        self.threads, self.caches, self.sequences = threads, caches, sequences
         model = self._llama.llama_model_default_params()
         model.n_gpu_layers = 0  # this is the engine of the processor
         self._model = _load(path, model)
         params = self._llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = context, context, min(batch, context)
+        whole = context * sequences
+        params.n_ctx, params.n_batch, params.n_ubatch = whole, whole, min(batch, whole)
+        params.n_seq_max = sequences
         params.n_outputs_max_per_seq = 0
         params.n_threads = params.n_threads_batch = self.threads
         if caches != PLAIN_CACHE:
@@ -241,7 +245,7 @@ class LlamaModel:
         self._context = self._llama.llama_init_from_model(self._model, params)
         if not self._context:
             self._llama.llama_model_free(self._model)
-            raise EngineError(f"llama.cpp has no memory for {context} tokens of context")
+            raise EngineError(f"llama.cpp has no memory for {whole} tokens of context")
         self._vocab = self._llama.llama_model_get_vocab(self._model)
 
     def __enter__(self) -> Self:
@@ -281,41 +285,57 @@ class LlamaModel:
         return np.stack([np.ctypeslib.as_array(row, (self.vocab,)).copy() for row in rows])
 
     def prefill_s(self, tokens: int, repeats: int = 1) -> list[float]:
-        """Seconds in which a prompt of so many tokens is processed, each time anew."""
+        """Seconds in which a prompt of so many tokens is processed by each sequence, each time anew."""
         ids = np.arange(10, 10 + tokens, dtype=np.int32) % self.vocab
         found = []
         for _ in range(repeats):
             self._clear()
-            start = time.perf_counter()
-            self._decode(self._llama.llama_batch_get_one(ids.ctypes.data, tokens))
-            self._llama.llama_synchronize(self._context)
-            found.append(time.perf_counter() - start)
+            found.append(self._decode_s(np.tile(ids, self.sequences)))
         return found
 
+    def fill(self, tokens: int) -> None:
+        """Put so many tokens into the KV cache of the first sequence, and nothing into the others'."""
+        self._clear()
+        ids = np.arange(10, 10 + tokens, dtype=np.int32) % self.vocab
+        self._decode(self._llama.llama_batch_get_one(ids.ctypes.data, tokens))
+
     def state(self) -> NDArray[np.uint8]:
-        """The KV cache, for another model of the same shape."""
+        """The KV cache of the first sequence, for other models of the same shape and batch."""
         size = self._llama.llama_state_seq_get_size(self._context, 0)
         data = np.empty(size, dtype=np.uint8)
         self._llama.llama_state_seq_get_data(self._context, data.ctypes.data, size, 0)
         return data
 
     def restore(self, state: NDArray[np.uint8]) -> None:
-        """Take over a KV cache; `step_s` goes on behind it.
+        """Take over a KV cache, for all sequences; `step_s` goes on behind it.
 
         Raises:
             EngineError: it is of a model of another shape.
         """
         self._clear()
-        if not self._llama.llama_state_seq_set_data(
-            self._context, state.ctypes.data, state.nbytes, 0
-        ):
-            raise EngineError("llama.cpp doesn't take a KV cache from a model of another shape")
+        for sequence in range(self.sequences):
+            if not self._llama.llama_state_seq_set_data(
+                self._context, state.ctypes.data, state.nbytes, sequence
+            ):
+                raise EngineError("llama.cpp doesn't take a KV cache from a model of another shape")
 
     def step_s(self) -> float:
-        """Seconds of one more token."""
-        one = np.array([10], dtype=np.int32)
+        """Seconds of one more token of each sequence."""
+        return self._decode_s(np.full(self.sequences, 10, dtype=np.int32))
+
+    def _decode_s(self, ids: NDArray[np.int32]) -> float:
+        """Seconds of tokens, as many for each sequence, one sequence after another."""
+        batch = self._llama.llama_batch_get_one(ids.ctypes.data, len(ids))
+        if self.sequences > 1:  # positions go on where each sequence's cache ends
+            each = len(ids) // self.sequences
+            whose = np.repeat(np.arange(self.sequences, dtype=np.int32), each)
+            places = whose.ctypes.data + whose.itemsize * np.arange(len(ids), dtype=np.uint64)
+            one, wanted = np.ones(len(ids), dtype=np.int32), np.zeros(len(ids), dtype=np.int8)
+            wanted[each - 1 :: each] = 1
+            batch.n_seq_id, batch.seq_id = one.ctypes.data, places.ctypes.data
+            batch.logits = wanted.ctypes.data
         start = time.perf_counter()
-        self._decode(self._llama.llama_batch_get_one(one.ctypes.data, 1))
+        self._decode(batch)
         self._llama.llama_synchronize(self._context)
         return time.perf_counter() - start
 

@@ -46,6 +46,7 @@ def opened(
     threads: int,
     context: int,
     caches: tuple[str, str] = PLAIN_CACHE,
+    sequences: int = 1,
 ) -> Iterator[LlamaModel]:
     """A model of noise in llama.cpp.
 
@@ -55,8 +56,9 @@ def opened(
         kernels: ggml's type for each parameter of a unit.
         others: shapes of the parameters outside units.
         threads: of the CPU.
-        context: tokens that the KV cache holds.
+        context: tokens that the KV cache of a sequence holds.
         caches: ggml's types of its keys and values.
+        sequences: side by side.
 
     Raises:
         EngineError: llama.cpp refuses.
@@ -74,7 +76,7 @@ def opened(
     with tempfile.TemporaryDirectory(dir=place, prefix="bitfront-") as folder:
         path = Path(folder, "model.gguf")
         write_gguf(path, checkpoint, tensors, vocabulary=False)
-        with LlamaModel(path, threads, context, min(context, 512), caches) as model:
+        with LlamaModel(path, threads, context, min(context, 512), caches, sequences) as model:
             path.unlink()  # it is mapped or read by now
             yield model
 
@@ -93,8 +95,9 @@ def time_beside(
     others = {name: tuple(weights[name].shape) for name in weights if name not in placed}
     context = max(exercise.prompt, exercise.past + exercise.generated + WARM_UP) + 1
     start = partial(
-        opened, checkpoint, layout, others=others, threads=exercise.threads, context=context
-    )
+        opened, checkpoint, layout, others=others, threads=exercise.threads, context=context,
+        sequences=exercise.batch,
+    )  # fmt: skip
     with start(reference) as usual, start(kernels, caches=caches) as model:
         own, beside = _prompts(model, usual, exercise.prompt)
         states = [_cache(one, checkpoint.weights_hash, exercise.past) for one in (model, usual)]
@@ -139,9 +142,9 @@ MOST_CACHES = 2
 
 
 def _cache(model: LlamaModel, shape: str, past: int) -> NDArray[np.uint8]:
-    key = shape, past, model.caches
+    key = shape, past, model.caches, model.sequences
     if key not in _caches:
-        model.prefill_s(past)
+        model.fill(past)
         for oldest in list(_caches)[: len(_caches) + 1 - MOST_CACHES]:
             del _caches[oldest]
         _caches[key] = model.state()

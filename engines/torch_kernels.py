@@ -49,6 +49,11 @@ class TorchKernels(Engine):
         """See `Engine.accelerated`."""
         return default_device().type == "cuda"
 
+    @property
+    def batched(self) -> bool:  # type: ignore[override]
+        """See `Engine.batched`: graphs of a GPU are captured for one."""
+        return not self.accelerated
+
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Engine.refusal`."""
         if scheme.activation != FULL_PRECISION:
@@ -92,7 +97,9 @@ class TorchKernels(Engine):
         counter, _ = self.counter()
         with _threads(exercise.threads), torch.inference_mode():
             modules = [_packed(checkpoint, layout, found) for found in (schemes, reference)]
-            both = [GraphModel(m) if self.accelerated else _Model(m) for m in modules]
+            both = [
+                GraphModel(m) if self.accelerated else _Model(m, exercise.batch) for m in modules
+            ]
             prompts = [[m.prefill_s(exercise.prompt) for m in both] for _ in range(1 + PROMPTS)]
             for model in both:
                 model.start(exercise.past)
@@ -142,10 +149,11 @@ class _Products:
 
 
 class _Model:
-    """A model on the processor, and what it has seen."""
+    """A model on the processor, and what it has seen, in each of `batch` sequences."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, batch: int) -> None:
         self._module: Any = module
+        self._batch = batch
         self._cache: Any = None
 
     def prefill_s(self, tokens: int) -> float:
@@ -166,7 +174,10 @@ class _Model:
     def _forward_s(self, ids: Tensor) -> float:
         start = time.perf_counter()
         found = self._module(
-            input_ids=ids[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            input_ids=ids.expand(self._batch, -1),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         self._cache = found.past_key_values
         return time.perf_counter() - start

@@ -430,6 +430,23 @@ def test_a_catalogued_device_is_analytical_and_says_so(folder, store):
     assert {point["times"] for point in front_document(front)["points"]} == {"predicted"}
 
 
+def test_sequences_side_by_side_are_timed(folder, tmp_path):
+    """By the engine itself: several take longer than one, and are other times in the store."""
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    took = {}
+    for batch in (1, 8):
+        serving = SERVING.model_copy(update={"batch": batch})
+        plan = make_plan(config_of(folder, serving))
+        times = timed(plan, store, InProcessPool(spec_of(plan, None)), Silent())
+        assert times.source == "measured"
+        took[batch] = {
+            phase: min(times.profile.measured_s(row, phase) for _, row in times.profile.maps)
+            for phase in ("prefill", "decode")
+        }
+    assert took[8]["prefill"] > took[1]["prefill"]
+    assert took[8]["decode"] > took[1]["decode"]
+
+
 def test_what_it_found_is_exported_and_served(done, store, tmp_path):
     _, job = done
     front = load_front(store, find_job(store, job))
@@ -468,7 +485,6 @@ def test_limits_on_seconds_want_an_engine(folder):
             ["search", "MODEL", "--engine", "llama.cpp", "--menu", "int4-g64,int8-g64"],
             "no kernel for int4-g64",
         ),
-        (["search", "MODEL", "--engine", "llama.cpp", "--batch", "4"], "batch is 4"),
         (["search", "MODEL", "--device", "rtx-4090"], "mean nothing without an engine"),
         (
             ["search", "MODEL", "--engine", "llama.cpp", "--tensor-parallel", "2"],

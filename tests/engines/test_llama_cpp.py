@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from engines import Export, load_engine, load_target
-from engines.base import Cell
+from engines.base import Cell, Exercise
 from engines.gguf_file import tensor_bytes
 from engines.gguf_tokenizer import add_tokenizer, agrees
 from engines.llama_blocks import blocks
@@ -197,6 +197,36 @@ def spm_tokenizer(folder):
     made = transformers.LlamaTokenizer(vocab=vocab, merges=pairs)
     made.save_pretrained(folder)
     return len(vocab)
+
+
+def test_a_batch_has_a_cache_for_each_sequence(written):
+    """Each computes what it would alone, wherever its cache ends."""
+    *_, folder = written
+    path = folder / FILE_NAME
+
+    def last(model, place):
+        row = model._llama.llama_get_logits_ith(model._context, place)
+        return np.ctypeslib.as_array(row, (model.vocab,)).copy()
+
+    with LlamaModel(path, 1, 32) as alone, LlamaModel(path, 1, 32, sequences=3) as three:
+        for model in (alone, three):
+            model.fill(9)
+            model.restore(model.state())
+        for _ in range(2):
+            assert alone.step_s() > 0
+            assert three.step_s() > 0
+            for sequence in range(3):
+                np.testing.assert_allclose(last(three, sequence), last(alone, 0), atol=1e-3)
+        assert three.prefill_s(7)[0] > 0
+        prompt = alone.logits(np.arange(10, 17))[-1]
+        for sequence in range(3):
+            np.testing.assert_allclose(last(three, 7 * sequence + 6), prompt, atol=1e-3)
+
+
+def test_one_sequence_has_the_key_that_it_had_before_there_were_batches():
+    one, two = (Exercise(512, 4096, 8, 2, batch) for batch in (1, 2))
+    assert one.key == (("prompt", 512), ("past", 4096), ("generated", 8), ("threads", 2))
+    assert two.key == (*one.key, ("batch", 2))
 
 
 def test_tokenizers_of_sentencepiece_are_written(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from engines import load_engine
 from engines.base import Cell, Exercise
-from engines.torch_kernels import _packed
+from engines.torch_kernels import _Model, _packed
 from quantization.adapter import describe
 from quantization.errors import KernelError
 from quantization.kernels.packed_weight import PackedWeight
@@ -46,3 +46,15 @@ def test_whole_models_run_on_packed_weights(llama):
     own, beside = ENGINE.time_map(llama, layout, schemes, schemes, exercise)
     assert len(own.decode_s) == len(beside.decode_s) == 3
     assert min(*own.prefill_s, *own.decode_s) > 0
+
+
+def test_a_batch_is_run_with_a_cache_for_each_sequence(llama):
+    layout = describe(llama).split()
+    schemes = [Scheme("bf16") for _ in layout.units]
+    with torch.inference_mode():
+        model = _Model(_packed(llama, layout, schemes), 3)
+        model.start(5)
+        model.step_s()
+    keys = model._cache.layers[0].keys
+    assert keys.shape[0] == 3
+    assert keys.shape[-2] == 6

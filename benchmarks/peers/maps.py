@@ -57,8 +57,16 @@ def exact_bits(sizes: dict[str, int], bits: dict[str, int]) -> float:
     return sum(sizes[n] * (b + SCALE_BITS / GROUP) for n, b in bits.items()) / sum(sizes.values())
 
 
+def fits(sizes: dict[str, int], bits: dict[str, int], budget: float) -> bool:
+    """Whether a map is within the budget, but for rounding."""
+    return exact_bits(sizes, bits) <= budget + 1e-9
+
+
 def write(out: Path, name: str, budget: float, sizes: dict[str, int], bits: dict[str, int]) -> None:
-    """One file a map: linear -> bits."""
+    """One file a map: linear -> bits; refused off the menu, over the budget, or if fused differ."""
+    assert {*bits.values()} <= {*BITS}, sorted({*bits.values()})
+    assert all(len({bits[n] for n in names}) == 1 for names in fused(sizes)), "fused linears differ"
+    assert fits(sizes, bits, budget), f"{exact_bits(sizes, bits)} bits are more than {budget}"
     path = out / f"{name}-{budget:g}.json"
     path.write_text(json.dumps({n: int(bits[n]) for n in sizes}, indent=1) + "\n")
     print(f"{path.name}: {exact_bits(sizes, bits):.4f} bits", flush=True)

@@ -84,6 +84,7 @@ class Answer:
     batch: int | None
     context: int | None
     seconds: dict[Phase, float]
+    joules: dict[Phase, float]
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -109,7 +110,23 @@ class Answer:
             "activation_bytes": found.activation_bytes,
             "workload": {"batch": workload.batch, "context": workload.context, **shared},
             **{f"{phase}_s": seconds for phase, seconds in self.seconds.items()},
+            **{f"{phase}_j": joules for phase, joules in self.joules.items()},
         }
+
+
+def _check_energy(front: Front, limits: Limits) -> None:
+    """Raise where joules are limited, and no point's are known."""
+    job = front.job
+    for phase in PHASES:
+        if limits.get(f"{phase}_j") is None:
+            continue
+        if all(latency.joules(job, point.map_hash, phase) is None for point in front.points):
+            facts = (job.facts.get("times") or {}).get("joules") or {}
+            why = f" ({facts['unknown']})" if facts.get("unknown") else ""
+            raise NothingFitsError(
+                f"job {job.id} knows no energy{why}: search with --max-{phase}-energy where a counter "
+                "can be read, or on a device of the catalogue, then ask again"
+            )
 
 
 def answer(
@@ -125,13 +142,7 @@ def answer(
         raise NothingFitsError(
             f"job {job.id} has no latency: search with --engine llama.cpp, then ask again"
         )
-    joules = (job.facts.get("times") or {}).get("joules") or {}
-    if (limits.get("decode_j") or limits.get("prefill_j")) and not joules.get("source"):
-        why = f" ({joules['unknown']})" if joules.get("unknown") else ""
-        raise NothingFitsError(
-            f"job {job.id} knows no energy{why}: search where a counter can be read, or on a device of "
-            "the catalogue, then ask again"
-        )
+    _check_energy(front, limits)
     if limits.get("memory_bytes") is not None and not front.layout.cache:
         raise NothingFitsError(
             "this model's KV cache is unknown (its forward pass could not be traced), so its "
@@ -148,12 +159,11 @@ def answer(
     )
     if point is None:
         raise NothingFitsError(str(why_not))
-    took = {
-        phase: seconds
-        for phase in PHASES
-        if (seconds := latency.seconds(job, point.map_hash, phase)) is not None
-    }
-    return Answer(front, point, batch, context, took)
+    took, spent = (
+        {phase: known for phase in PHASES if (known := of(job, point.map_hash, phase)) is not None}
+        for of in (latency.seconds, latency.joules)
+    )
+    return Answer(front, point, batch, context, took, spent)
 
 
 def best_answer(answers: Sequence[Answer], by_size: bool) -> tuple[Answer, list[Answer]]:

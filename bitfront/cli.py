@@ -155,7 +155,8 @@ def search(  # its options are read from the context, by `job_config`
     ] = None,
     max_prefill_latency: Annotated[str | None, typer.Option(help="Of a prompt: 1.5s.")] = None,
     max_decode_energy: Annotated[
-        str | None, typer.Option(help="Of a generated token: 40mJ.")
+        str | None,
+        typer.Option(help="Of a generated token (of each sequence), all devices together: 40mJ."),
     ] = None,
     max_prefill_energy: Annotated[str | None, typer.Option(help="Of a prompt: 20J.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of random controls and refinement.")] = None,

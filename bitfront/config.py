@@ -19,14 +19,10 @@ AUTO = "auto"
 """In the place of an estimator: the best of the model's audit."""
 UNPROVEN = ("fisher", "fisher-quantized")
 """What scores where no audit of the model has been: see benchmarks/results."""
-
-
 MOST_PROBLEMS = 8
 """That an error names; the rest are counted."""
-MOST = 2**31 - 1
-MOST_BYTES = 2**62
-MOST_SECONDS = 1e6
-MOST_JOULES = 1e9
+MOST, MOST_BYTES = 2**31 - 1, 2**62
+MOST_SECONDS, MOST_JOULES = 1e6, 1e9
 MOST_SEED = 2**32 - 1
 """Of NumPy's older generators, which Optuna's samplers use."""
 
@@ -143,7 +139,7 @@ class ServingConfig(_Closed):
         max_memory_bytes: of weights, KV cache and activations together.
         max_decode_s: of a generated token.
         max_prefill_s: of a prompt.
-        max_decode_j: joules of a generated token.
+        max_decode_j: joules of a generated token of each sequence, all devices together.
         max_prefill_j: of a prompt.
     """
 
@@ -182,7 +178,7 @@ class JobConfig(_Closed):
         bank: what workers keep of each scheme: values (fast), packed bytes (small), or auto, which
             takes packed bytes where the values would fill more than half of the memory.
         interactions: units whose pairs are measured where sums of losses predict badly; 0 for none.
-        serving: engine, device, workload, and limits on memory and latency.
+        serving: engine, device, workload, and limits on memory, latency and energy.
         transform: what the whole model is put through before it is quantized: awq, smoothquant.
     """
 
@@ -238,8 +234,7 @@ def config_of(
     usual = data["menu"]
     data = _merge(data, given)
     for path, value in overrides.items():
-        if value is not None:
-            data = _merge(data, _nested(path, value))
+        data = data if value is None else _merge(data, _nested(path, value))
     wanted = data.get("serving")
     engine = wanted.get("engine") if isinstance(wanted, dict) else None
     own = given.get("menu")

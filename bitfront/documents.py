@@ -72,7 +72,8 @@ def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[
     """A measured map: `bitfront front --json`'s point, with its origin and costs."""
     job, candidate = front.job, front.candidates[point.id]
     known = (job.facts.get("times") or {}).get("maps", {}).get(point.map_hash, {})
-    predicted = known.get("predicted") or {}
+    predicted, watched = known.get("predicted") or {}, known.get("joules") or {}
+    foreseen = known.get("predicted_joules") or {}
     return {
         **point.to_json(),
         "origin": candidate.origin,
@@ -86,6 +87,9 @@ def point_document(front: Front, point: Point, taken: Footprint | None) -> dict[
         "predicted_prefill_s": predicted.get("prefill"),
         "decode_j": latency.joules(job, point.map_hash, "decode"),
         "prefill_j": latency.joules(job, point.map_hash, "prefill"),
+        "energy": "measured" if watched.get("decode") else "predicted" if foreseen else None,
+        "predicted_decode_j": foreseen.get("decode"),
+        "predicted_prefill_j": foreseen.get("prefill"),
     }
 
 

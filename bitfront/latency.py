@@ -110,7 +110,7 @@ def _energy(job: Job, points: Sequence[Any]) -> list[str]:
     for phase, most in limits.items():
         for point in points if most is not None else ():
             spent = joules(job, point.map_hash, phase)
-            if spent is not None and spent > most:
+            if spent is not None and spent > most * (1 + 1e-6):
                 found.append(
                     f"Point {point.id} takes {show_joules(spent)} for {WORDS[phase]}, MORE than the "
                     f"{show_joules(most)} allowed: the prediction was too low."

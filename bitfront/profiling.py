@@ -55,6 +55,7 @@ class Subject:
         layout: the model's units.
         menu: the schemes, columns of all tables.
         offered: units x schemes, those that are timed.
+        watched: whether maps' energy is wanted, too.
     """
 
     place: Place
@@ -63,6 +64,7 @@ class Subject:
     layout: Layout
     menu: tuple[Scheme, ...]
     offered: NDArray[np.bool_]
+    watched: bool = False
 
     @property
     def choices(self) -> list[list[Scheme]]:
@@ -178,11 +180,7 @@ class Profile:
     def no_joules(self) -> str:
         """Why no map's energy is known, where none is."""
         counter, why = self.subject.engine.counter()
-        return (
-            f"maps were timed when their energy couldn't be read; now it can ({why})"
-            if counter
-            else why
-        )
+        return f"nobody watched the maps that were timed ({why})" if counter else why
 
     @property
     def noisy(self) -> list[CellTime]:
@@ -260,7 +258,7 @@ def time_maps(
 ) -> list[MapTime]:
     """Run whole maps in the engine, but for those that the store has."""
     keys = [subject.map_key(choice) for choice in maps]
-    known = map_times(store, keys)
+    known = _known_maps(subject, store, keys)
     if len(known) == len(set(keys)):
         return [known[key] for key in keys]
     with pool.exclusively(f"timing maps:{subject.place.of()}"):
@@ -268,6 +266,14 @@ def time_maps(
             subject, store, pool, progress, dict(zip(keys, maps, strict=True)), label
         )
     return [known[key] for key in keys]
+
+
+def _known_maps(subject: Subject, store: Store, keys: Sequence[str]) -> dict[str, MapTime]:
+    """What the store has; without maps that nobody watched, where their energy is wanted."""
+    found = map_times(store, keys)
+    if not subject.watched:
+        return found
+    return {key: row for key, row in found.items() if row.prefill_j and row.decode_j}
 
 
 def _time_maps(
@@ -278,7 +284,7 @@ def _time_maps(
     maps: Mapping[str, Choice],
     label: str,
 ) -> dict[str, MapTime]:
-    known = map_times(store, list(maps))
+    known = _known_maps(subject, store, list(maps))
     missing = {k: c for k, c in maps.items() if k not in known}
     names = tuple(scheme.name for scheme in subject.reference)
     with progress.stage(label, len(missing), MAP_WEIGHT) as advance:

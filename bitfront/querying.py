@@ -9,7 +9,7 @@ from rich.table import Table
 from bitfront.answering import Limits
 from bitfront.console import errors, print_json, print_table
 from bitfront.service import Desk
-from bitfront.sizes import show_bytes, show_seconds
+from bitfront.sizes import show_bytes, show_joules, show_seconds
 from cost_models.memory import PHASES
 from engines import target_of
 from quantization.errors import BitfrontError
@@ -48,6 +48,7 @@ def run_query(
     point, workload = found["point"], found["workload"]
     activations, ranks = found["activation_bytes"], workload.get("tensor_parallel", 1)
     took = {phase: found[f"{phase}_s"] for phase in PHASES if f"{phase}_s" in found}
+    spent = {phase: found[f"{phase}_j"] for phase in PHASES if f"{phase}_j" in found}
     table = Table("what", "value", title=f"Best of job {found['job']}: point {point['id']}")
     rows = {
         "average bits": f"{point['average_bits']:.4f}",
@@ -60,6 +61,7 @@ def run_query(
         "perplexity": f"{point['perplexity']:.3f} "
         f"(unquantized {found['reference_perplexity'] or 0:.3f})",
         **{f"{phase} latency": show_seconds(seconds) for phase, seconds in took.items()},
+        **{f"{phase} energy": show_joules(joules) for phase, joules in spent.items()},
         **_request(found),
         "control": point["control"] or "no",
         "take it": f"bitfront export {found['job']} --point {point['id']} "

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from bitfront import caching, rules
 from bitfront.config import JobConfig
 from bitfront.fronts import layout_of
+from bitfront.sizes import show_joules, show_seconds
 from bitfront.spending import FINE
 from cost_models.memory import PHASES, Phase
 from quantization.errors import BitfrontError
 from quantization.precision_map import map_hash
 from quantization.schemes import Scheme
+from search.errors import InfeasibleBudgetError
 from search.problem import Problem
 from store.database import Store
 from store.queries import candidates_of, find_model, find_tables, save_tables
@@ -111,7 +113,7 @@ def solve_again(
             "average_bits": given.bits_of(solution.choice),
             "predicted_kl": solution.loss,
             "gap": solution.gap,
-            **given.seconds(solution.choice),
+            **given.spent(solution.choice),
             "schemes": dict(Counter(scheme.name for scheme in schemes)),
             "map": [int(column) for column in solution.choice],
             "measured_as": measured.get(map_hash(layout, pairs)),
@@ -143,11 +145,18 @@ class _Given:
         for name, most in limits.items():
             table, fixed, error = self._spending(name)
             offered &= np.isfinite(table)
-            costs[name] = np.ceil(np.nan_to_num(table) * FINE).astype(np.int64)
-            least = np.where(offered, table, np.inf).min(axis=1).sum() + fixed
+            fine = f"{name.removesuffix('_s').removesuffix('_j')}_n{name[-1]}"
+            costs[fine] = np.ceil(np.nan_to_num(table) * FINE).astype(np.int64)
+            least = float(np.where(offered, table, np.inf).min(axis=1).sum()) + fixed
+            if least > most:
+                show = show_seconds if name.endswith("_s") else show_joules
+                raise InfeasibleBudgetError(
+                    f"no map has {name} of at most {show(most)}: the least is {show(least)}; raise "
+                    "the limit"
+                )
             careful = most / (1 + error)  # as when the job was searched
-            kept = min(most, max(careful, float(least)))
-            others[name] = int((kept - fixed) * FINE) + len(table)
+            kept = min(most, max(careful, least))
+            others[fine] = int((kept - fixed) * FINE) + len(table)
         if changes := rules.changes(menu, self.menu, self._offered):
             costs[rules.CHANGED], others[rules.CHANGED] = changes
         few = rules.few_formats(menu, self.menu)
@@ -168,14 +177,14 @@ class _Given:
         pinned = self._bytes[closed].max(axis=1, initial=0, where=self._offered[closed])
         return int(average_bits * self._numel / 8) + int(pinned.sum()) + self.other_bytes
 
-    def seconds(self, choice: NDArray[np.intp]) -> dict[str, float]:
-        """Predicted seconds of both phases, where the job has times."""
-        rows = np.arange(len(choice))
-        return {
-            f"{name}_s": float(np.array(phase["seconds"], dtype=float)[rows, choice].sum())
-            + phase["overhead_s"]
-            for name, phase in self._tables["phases"].items()
-        }
+    def spent(self, choice: NDArray[np.intp]) -> dict[str, float]:
+        """Predicted seconds and joules of both phases, where the job knows them."""
+        rows, found = np.arange(len(choice)), {}
+        for phase, known in self._tables["phases"].items():
+            for unit in ("s", "j") if "joules" in known else ("s",):
+                table, fixed, _ = self._spending(f"{phase}_{unit}")
+                found[f"{phase}_{unit}"] = float(table[rows, choice].sum()) + fixed
+        return found
 
     @property
     def _numel(self) -> int:
@@ -196,8 +205,8 @@ class _Given:
             names = "joules", "fixed_j", "joules_error"
         else:
             raise NoTablesError(
-                f"job {self._job.id} knows no joules: its device has no counter that could be read, or "
-                "it was searched before they were kept; search again where energy can be read"
+                f"job {self._job.id} knows no joules; search with --max-{phase}-energy where a counter "
+                "can be read, or on a device of the catalogue"
             )
         table, fixed, error = (found[name] for name in names)
         return np.array(table, dtype=np.float64), float(fixed), float(error or 0.0)

@@ -29,6 +29,7 @@ from workers.pool import Pool
 
 if TYPE_CHECKING:
     from bitfront.plan import Plan
+    from cost_models.geometry import Geometry
 
 MEASURED, ANALYTICAL = "measured", "analytical"
 NO_BITS = 1e-9
@@ -167,10 +168,10 @@ def engine_of(serving: ServingConfig) -> Rules | None:
             f"tensor_parallel is {serving.tensor_parallel}, and {engine.name} is timed on one device "
             "of this machine; name a device of the catalogue (bitfront devices)"
         )
-    if serving.batch > 1 and not engine.batched:
+    if serving.batch > engine.most_batch:
         raise ConfigError(
-            f"batch is {serving.batch}, and {engine.name} is timed for one sequence on this "
-            "machine; leave --batch out, or name a device of the catalogue (bitfront devices)"
+            f"batch is {serving.batch}, and {engine.name} is timed with at most {engine.most_batch} on "
+            "this machine; lower --batch, or name a device of the catalogue (bitfront devices)"
         )
     return engine
 
@@ -185,7 +186,7 @@ def subject_of(
     """What is timed on this machine."""
     place = place_of(serving, engine)
     workload = replace(workload_of(serving), generated=Workload().generated)  # changes no time
-    return Subject(place, engine, workload, layout, menu, offered)
+    return Subject(place, engine, workload, layout, menu, offered, bool(limits_j(serving)))
 
 
 def place_of(serving: ServingConfig, engine: Engine) -> Place:
@@ -239,7 +240,6 @@ def analytical_times(
     workload: Workload,
 ) -> Times:
     """By the roofline."""
-    from cost_models import energy
     from cost_models.geometry import geometry_of
     from cost_models.roofline import fixed_s, table
 
@@ -253,16 +253,32 @@ def analytical_times(
         dict.fromkeys(PHASES),
     )
     try:
-        device = device if device.energy else energy.from_power(device)
+        joules = _analytical_joules(device, engine, geometry, layout, menu, workload, bits)
     except DeviceError as error:
         return replace(times, joules=str(error))
-    assert device.energy
-    tables = {
-        p: energy.table(layout, geometry, menu, device, workload, p, engine.name) for p in PHASES
-    }
-    fixed = {p: energy.fixed_j(layout, geometry, device, workload, p, bits) for p in PHASES}
-    joules = Joules(device.energy.source, tables, fixed, dict.fromkeys(PHASES))
     return replace(times, joules=joules)
+
+
+def _analytical_joules(
+    device: Device,
+    engine: Rules,
+    geometry: "Geometry",
+    layout: Layout,
+    menu: tuple[Scheme, ...],
+    workload: Workload,
+    bits: float,
+) -> Joules:
+    """By the device's coefficients, or by those that its power limit gives; `DeviceError` if neither."""
+    from cost_models import energy
+
+    known = device if device.energy else energy.from_power(device)
+    assert known.energy
+    return Joules(
+        known.energy.source,
+        {p: energy.table(layout, geometry, menu, known, workload, p, engine.name) for p in PHASES},
+        {p: energy.fixed_j(layout, geometry, known, workload, p, bits) for p in PHASES},
+        dict.fromkeys(PHASES),
+    )
 
 
 def check_limits(plan: "Plan", times: Times) -> None:

@@ -89,13 +89,11 @@ def joules_of_runs(
 ) -> Joules | None:
     """Joules as a power times the seconds of `times`, from whole maps' joules and seconds.
 
-    None where no counter watched them.
+    None where no counter watched them, or one that stood still.
     """
     watts, errors = {}, {}
     for phase in PHASES:
-        drawn = np.array(
-            [joules / seconds for joules, seconds in runs[phase] if joules is not None]
-        )
+        drawn = np.array([joules / seconds for joules, seconds in runs[phase] if joules])
         if not len(drawn):
             return None
         watts[phase] = float(drawn.mean())

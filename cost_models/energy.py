@@ -101,6 +101,11 @@ def from_power(device: Device) -> Device:
     limit = device.need("tdp_w")
     idle = device.idle_w if device.idle_w is not None else IDLE_SHARE * limit
     streaming = device.need("bandwidth_bytes_per_s") * device.efficiency.memory
+    if idle >= MEMORY_SHARE * limit:
+        raise DeviceError(
+            f"device '{device.name}' idles at {idle:g} W, which leaves nothing of {MEMORY_SHARE:.0%} of "
+            f"its {limit:g} W for memory; measure its energy"
+        )
     coefficients = Energy(
         memory_j_per_byte=(MEMORY_SHARE * limit - idle) / streaming,
         op_j={

@@ -217,8 +217,8 @@ class Engine(Rules):
     """A product that all others are timed beside."""
     accelerated: bool = False
     """Whether it runs on this machine's accelerator, and not on its processor."""
-    batched: bool = False
-    """Whether whole models are timed with several sequences side by side."""
+    most_batch: int = 1
+    """With how many sequences side by side whole models can be timed."""
     reference: Scheme
     """What a model is stored as that others are timed in turns with."""
 

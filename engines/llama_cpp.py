@@ -38,7 +38,7 @@ class LlamaCpp(Declared, Engine):
 
     reference = Scheme("gguf-q8_0")
     reference_cell = Cell((1024, 1024), "q8_0", 1)
-    batched = True
+    most_batch = 64  # of older builds; newer ones take 256
 
     def __init__(self) -> None:
         super().__init__("llama.cpp")

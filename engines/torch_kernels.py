@@ -50,9 +50,9 @@ class TorchKernels(Engine):
         return default_device().type == "cuda"
 
     @property
-    def batched(self) -> bool:  # type: ignore[override]
-        """See `Engine.batched`: graphs of a GPU are captured for one."""
-        return not self.accelerated
+    def most_batch(self) -> int:  # type: ignore[override]
+        """See `Engine.most_batch`: graphs of a GPU are captured for one."""
+        return 1 if self.accelerated else MOST_BATCH
 
     def refusal(self, site: Site, scheme: Scheme) -> str | None:
         """See `Engine.refusal`."""
@@ -146,6 +146,9 @@ class _Products:
     def _run(self) -> None:
         for weight in self._weights:
             _product(self._inputs, weight)
+
+
+MOST_BATCH = 1024
 
 
 class _Model:

@@ -8,6 +8,7 @@ a pass of its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -183,10 +184,8 @@ def _mean(curvature: Curvature, site: Site, expert: int) -> tuple[Tensor, Tensor
     """Of the tokens that came to an expert; zeros where none did."""
     key = site.name, expert
     if key in curvature.sums:
-        by_inputs, by_outputs = (
-            total.cpu() / curvature.tokens[key] for total in curvature.sums[key]
-        )
-        return by_inputs, by_outputs
+        by_inputs, by_outputs = (total.cpu() for total in curvature.sums.pop(key))
+        return by_inputs.div_(curvature.tokens[key]), by_outputs.div_(curvature.tokens[key])
     rows, columns = site.shape[-2:]
     blocks, height = output_blocks(rows)
     return torch.zeros(columns, columns), torch.zeros(blocks, height, height)
@@ -221,9 +220,7 @@ def _parts(sites: Sequence[Site], kind: Statistic) -> Iterator[list[Site]]:
     part: list[Site] = []
     used = 0
     for site in sites:
-        needed = 4 * (
-            site.numel if kind == "fisher" else site.numel // site.shape[-2] * site.shape[-1]
-        )
+        needed = 4 * _numbers(site, kind)
         if part and used + needed > PART_BYTES:
             yield part
             part, used = [], 0
@@ -231,3 +228,15 @@ def _parts(sites: Sequence[Site], kind: Statistic) -> Iterator[list[Site]]:
         used += needed
     if part:
         yield part
+
+
+def _numbers(site: Site, kind: Statistic) -> int:
+    """What a site's sums hold."""
+    if kind == "fisher":
+        return site.numel
+    *experts, rows, columns = site.shape
+    inside = columns**2
+    if kind == "curvature":
+        blocks, height = output_blocks(rows)
+        inside += blocks * height**2
+    return inside * prod(experts)

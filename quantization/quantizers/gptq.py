@@ -50,7 +50,10 @@ class GPTQ(Quantizer):
         self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
     ) -> Quantized:
         """See `Quantizer.quantize`; rounds to nearest where no input was seen."""
-        if weight.dim() == 2 or not isinstance(format, ScalarFormat):
+        if not isinstance(format, ScalarFormat):
+            check_finite(weight)
+            return Quantized(format, *format.nearest(weight.float(), statistics))
+        if weight.dim() == 2:
             return self.quantize_alike([weight], format, [statistics])[0]
         found = self.quantize_alike(list(weight), format, statistics.each(len(weight)))
         grid = {name: torch.stack([q.grid[name] for q in found]) for name in found[0].grid}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantization.errors import QuantizationError
 from quantization.formats import Format, Grid, ScalarFormat
-from quantization.quantizers.base import Quantized, check_finite
+from quantization.quantizers.base import Quantized
 from quantization.quantizers.gptq import GPTQ
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
 
@@ -45,22 +45,21 @@ class YAQA(GPTQ):
     @property
     def identity(self) -> str:
         """See `Quantizer.identity`."""
-        return f"{self.name}(damping={self.damping:g}, outputs={self.output_damping:g})"
+        order = "" if self.activation_order else ", order=natural"
+        return f"{self.name}(damping={self.damping:g}, outputs={self.output_damping:g}{order})"
 
     def quantize(
         self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
     ) -> Quantized:
         """See `Quantizer.quantize`; formats that round by themselves get H's diagonal to do so."""
-        if weight.dim() > 2 and not isinstance(format, ScalarFormat):
-            check_finite(weight)
-            return Quantized(format, *format.nearest(weight.float(), _guided(statistics)))
-        return super().quantize(weight, format, statistics)
+        known = statistics if isinstance(format, ScalarFormat) else _guided(statistics)
+        return super().quantize(weight, format, known)
 
-    def quantize_alike(
-        self, weights: Sequence[Tensor], format: Format, statistics: Sequence[SiteStatistics]
+    def _quantize_stack(
+        self, weights: Sequence[Tensor], format: ScalarFormat, statistics: Sequence[SiteStatistics]
     ) -> list[Quantized]:
-        """See `Quantizer.quantize_alike`."""
-        return super().quantize_alike(weights, format, [_guided(known) for known in statistics])
+        """Under H."""
+        return super()._quantize_stack(weights, format, [_guided(known) for known in statistics])
 
     def _moved(
         self,
@@ -73,49 +72,64 @@ class YAQA(GPTQ):
         """The weights of those with a second moment, as they are when their turn comes."""
         if not format.rowwise or any(statistics[i].output_curvature is None for i in seen):
             return super()._moved(seen, weights, format, grids, statistics)
-        inputs = [self._columns_and_upper(statistics[i]) for i in seen]
-        outputs = [self._rows_and_lower(statistics[i]) for i in seen]
+        inputs = [self._columns_and_upper(statistics[i], weights[i]) for i in seen]
+        outputs = [self._rows_and_lower(statistics[i], weights[i]) for i in seen]
         own = [(weights[i], grids[i]) for i in seen]
         return _swept(own, format, inputs, outputs)
 
-    def _columns_and_upper(self, statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
+    def _columns_and_upper(
+        self, statistics: SiteStatistics, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The columns in falling H_jj, and U in that order."""
-        moment = statistics.second_moment
-        assert moment is not None
+        assert statistics.second_moment is not None
         key = f"{self.identity}, inputs"
         if key not in statistics.remembered:
-            order = moment.diagonal().argsort(descending=True, stable=True)
+            moment = statistics.second_moment.to(weight)
+            order = torch.arange(len(moment), device=weight.device)
+            if self.activation_order:
+                order = moment.diagonal().argsort(descending=True, stable=True)
             backwards = order.flip(0)
             lower = unit_lower(moment[backwards][:, backwards], self.damping)
             statistics.remembered[key] = order, lower.flip(0, 1).float()
         return statistics.remembered[key]
 
-    def _rows_and_lower(self, statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
+    def _rows_and_lower(self, statistics: SiteStatistics, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of each block in rising G_ii (K x B, numbered in the matrix), and L in it."""
         key = f"{self.identity}, outputs"
         if key not in statistics.remembered:
-            curvature = statistics.output_curvature
-            assert curvature is not None
+            assert statistics.output_curvature is not None
+            curvature = statistics.output_curvature.to(weight)
             order = curvature.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, stable=True)
             inside = torch.take_along_dim(curvature, order[:, :, None], 1)
             inside = torch.take_along_dim(inside, order[:, None, :], 2)
             first = torch.arange(len(order), device=order.device) * order.shape[1]
-            lower = unit_lower(inside, self.output_damping).float()
+            each = [unit_lower(block, self.output_damping).float() for block in inside]
+            lower = torch.stack(each)  # one by one: a head has many, and they are float64
             statistics.remembered[key] = order + first[:, None], lower
         return statistics.remembered[key]
 
 
 def _guided(known: SiteStatistics) -> SiteStatistics:
-    """Statistics whose second moment is H, and whose importance is its diagonal."""
+    """Statistics whose second moment is H; its diagonal is the importance, unless one was imported."""
     if known.second_moment is None or known.input_curvature is None:
         return known
-    parts = (known.second_moment, known.input_curvature)
-    means = [p.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30) for p in parts]
-    mixed = parts[0] / means[0] + parts[1].to(parts[0]) / means[1]
     if "guided" not in known.remembered:
-        importance = mixed.diagonal(dim1=-2, dim2=-1).contiguous()
+        plain, curved = known.second_moment, known.input_curvature.to(known.second_moment)
+        mixed = plain / _mean(plain) + curved / _mean(curved)
+        importance = known.importance
+        if importance is None or torch.equal(importance, _diagonal(plain)):
+            importance = _diagonal(mixed).contiguous()
         known.remembered["guided"] = replace(known, second_moment=mixed, importance=importance)
-    return known.remembered["guided"]
+    guided: SiteStatistics = known.remembered["guided"]
+    return guided
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment.diagonal(dim1=-2, dim2=-1)
+
+
+def _mean(moment: Tensor) -> Tensor:
+    return _diagonal(moment).mean(-1)[..., None, None].clamp(min=1e-30)
 
 
 def unit_lower(moment: Tensor, damping: float) -> Tensor:

@@ -24,6 +24,7 @@ from bitfront.querying import run_query
 from bitfront.resolving import NoTablesError
 from bitfront.service import Service
 from bitfront.serving import measured_times, subject_of, timed, workload_of
+from bitfront.spending import joules_of_runs
 from cost_models.geometry import geometry_of
 from cost_models.memory import activation_bytes, footprint, kv_cache_bytes
 from engines import ENGINES
@@ -229,11 +230,38 @@ def test_limits_on_energy_hold_where_a_counter_watches(folder, tmp_path, monkeyp
     assert all(p["decode_j"] <= limit * 1.001 for p in front_document(front)["points"])
     again = Service(store).solve(job, (), [plan.budgets[-1]])["solutions"][0]
     assert again["weight_bytes"] < plan.budgets[-1]  # the job's own limit holds
+    assert again["decode_j"] <= limit * 1.001
+    with pytest.raises(InfeasibleBudgetError, match=r"decode_j of at most 0.001 mJ: the least is"):
+        Service(store).solve(job, (), [plan.budgets[-1]], {"decode_j": 1e-6})
     low = min(latency.joules(front.job, p.map_hash, "decode") for p in front.points)
     best, _ = best_point(front, Constraints(decode_j=low), size)
     assert latency.joules(front.job, best.map_hash, "decode") == low
+    assert Service(store).query({"decode_j": low}, job=job)["decode_j"] == low
     with pytest.raises(NothingFitsError, match=r"decode_j <= .*the smallest is"):
         Service(store).query({"decode_j": low / 2}, job=job)
+
+
+def test_maps_that_nobody_watched_are_run_again_where_energy_is_limited(
+    folder, tmp_path, monkeypatch
+):
+    """A counter that was allowed to be read later counts from then on."""
+    monkeypatch.setitem(ENGINES._entries, "llama.cpp", f"{__name__}:Clockwork")
+    store = Store(f"sqlite:///{tmp_path}/s.sqlite").open()
+    plan = make_plan(config_of(folder))
+    before = timed(plan, store, InProcessPool(spec_of(plan, None)), Silent())
+    assert isinstance(before.joules, str)
+    monkeypatch.setitem(ENGINES._entries, "llama.cpp", f"{__name__}:Watched")
+    limited = make_plan(config_of(folder, SERVING.model_copy(update={"max_decode_j": 1.0})))
+    after = timed(limited, store, InProcessPool(spec_of(limited, None)), Silent())
+    assert after.joules.fixed("decode") == pytest.approx(5 * after.fixed("decode"))
+
+
+def test_a_counter_that_stands_still_watches_nothing(done, store):
+    plan, _ = done
+    known = profile(subject(plan), store, InProcessPool(spec_of(plan, None)), Silent())
+    runs = known.joules()
+    still = {phase: [(0.0, seconds) for _, seconds in of] for phase, of in runs.items()}
+    assert joules_of_runs(measured_times(known), still) is None
 
 
 def test_limits_on_energy_of_a_catalogued_device_are_rough_and_say_so(folder, tmp_path):
@@ -248,7 +276,7 @@ def test_limits_on_energy_of_a_catalogued_device_are_rough_and_say_so(folder, tm
     job = run_search(make_plan(config_of(folder, serving)), store, InProcessPool, Silent())
     front = load_front(store, find_job(store, job))
     spent = [latency.joules(front.job, p.map_hash, "decode") for p in front.points]
-    assert max(spent) <= limit
+    assert max(spent) <= limit * (1 + 1e-6)
     assert any("derived from the power limit of 450 W" in line for line in front.findings)
     serving = SERVING.model_copy(update={"device": "m3-max", "threads": None, "max_decode_j": 1.0})
     with pytest.raises(ConfigError, match=r"energy can't be limited: .*'m3-max' has no tdp_w"):
@@ -485,6 +513,7 @@ def test_limits_on_seconds_want_an_engine(folder):
             ["search", "MODEL", "--engine", "llama.cpp", "--menu", "int4-g64,int8-g64"],
             "no kernel for int4-g64",
         ),
+        (["search", "MODEL", "--engine", "llama.cpp", "--batch", "512"], "with at most 64 on"),
         (["search", "MODEL", "--device", "rtx-4090"], "mean nothing without an engine"),
         (
             ["search", "MODEL", "--engine", "llama.cpp", "--tensor-parallel", "2"],

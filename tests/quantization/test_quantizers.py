@@ -88,14 +88,14 @@ def test_gptq_is_within_two_percent_of_the_textbook(format, activation_order):
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
-def curved(rows=64, columns=320, seed=0):
+def curved(rows=64, columns=320, seed=0, block=BLOCK):
     """`data` with curvatures whose outputs are as correlated as its inputs."""
     weight, known = data(rows, columns, seed)
     generator = torch.Generator().manual_seed(seed + 100)
-    blocks = -(-rows // BLOCK)
-    y = torch.randn(blocks, 500, BLOCK, generator=generator)
-    y = y @ torch.randn(blocks, BLOCK, BLOCK, generator=generator)
-    y[-1, :, (rows - 1) % BLOCK + 1 :] = 0  # a short block is filled up
+    blocks = -(-rows // block)
+    y = torch.randn(blocks, 500, block, generator=generator)
+    y = y @ torch.randn(blocks, block, block, generator=generator)
+    y[-1, :, (rows - 1) % block + 1 :] = 0  # a short block is filled up
     x = torch.randn(2000, columns, generator=generator) @ torch.randn(
         columns, columns, generator=generator
     )
@@ -130,7 +130,8 @@ def two_sided_loss(quantized, weight, known):
     parts = (known.second_moment, known.input_curvature)
     moment = sum(part / part.diagonal().mean() for part in parts)
     total = 0.0
-    for block, own in zip(known.output_curvature, error.split(BLOCK), strict=True):
+    height = known.output_curvature.shape[-1]
+    for block, own in zip(known.output_curvature, error.split(height), strict=True):
         g = block[: len(own), : len(own)]
         total += float((g @ own @ moment * own).sum())
     return total
@@ -172,10 +173,13 @@ def reference_yaqa(weight, inputs, outputs, rounded):
     return (weight + error[:, order.argsort()])[down.argsort()], int(down[-1])
 
 
-@pytest.mark.parametrize("format", ["int4-g32", "int3-g32-asym", "nf4-g32"])
-def test_yaqa_is_its_recurrence(format):
-    """Over blocks of rows, the last one short, and tiles of columns, the last one short."""
-    weight, known = curved(80, 96)
+@pytest.mark.parametrize(
+    ("format", "block"),
+    [("int4-g32", 64), ("int3-g32-asym", 64), ("nf4-g32", 64), ("int4-g32", 150)],
+)
+def test_yaqa_is_its_recurrence(format, block):
+    """Over short last blocks and tiles of rows and columns; a block of several tiles of rows, too."""
+    weight, known = curved(80 if block == 64 else 150, 96, block=block)
     own = YAQA().quantize(weight, FORMATS[format], known)
     grid = {name: tensor.clone() for name, tensor in own.grid.items()}
 
@@ -197,7 +201,7 @@ def test_yaqa_is_its_recurrence(format):
     assert fast == pytest.approx(
         sum(
             float((g[: len(e), : len(e)].double() @ e @ moment.double() * e).sum())
-            for g, e in zip(known.output_curvature, error.split(BLOCK), strict=True)
+            for g, e in zip(known.output_curvature, error.split(block), strict=True)
         ),
         rel=0.03,
     )
@@ -222,6 +226,28 @@ def test_yaqa_with_outputs_that_do_not_curve_together_is_gptq():
         for n in ("yaqa", "gptq")
     ]
     assert (values[0] == values[1]).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "yaqa", "autoround", "rtn-weighted"])
+@pytest.mark.parametrize("shape", [(8, 256), (3, 8, 256)])
+def test_formats_that_round_by_themselves_are_left_to_do_so(quantizer, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    own = QUANTIZERS[quantizer].quantize(weight, FORMATS["gguf-q4_K"])
+    plain = QUANTIZERS["rtn"].quantize(weight, FORMATS["gguf-q4_K"])
+    assert torch.equal(own.codes, plain.codes)
+
+
+def test_yaqa_gives_such_formats_the_curvature_and_keeps_an_imported_importance():
+    weight, known = curved(64, 256)
+    plain = QUANTIZERS["gptq"].quantize(weight, FORMATS["gguf-q4_K"], known)
+    guided = YAQA().quantize(weight, FORMATS["gguf-q4_K"], known)
+    assert not torch.equal(plain.codes, guided.codes)
+    imported = replace(
+        known, importance=torch.rand(256, generator=torch.Generator().manual_seed(1))
+    )
+    plain = QUANTIZERS["gptq"].quantize(weight, FORMATS["gguf-q4_K"], imported)
+    guided = YAQA().quantize(weight, FORMATS["gguf-q4_K"], imported)
+    assert torch.equal(plain.codes, guided.codes)
 
 
 def test_yaqa_stands_inputs_and_outputs_that_were_never_seen():

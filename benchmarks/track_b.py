@@ -63,8 +63,9 @@ def main() -> None:
             *(maps if quantizer == OURS else ()),
             *(given.maps if quantizer in RIVALS else ()),
         )
+        controls: dict[str, Any] = {} if quantizer in RIVALS else {"bits": (3, 4), "finer": ()}
         with Lines(errors) as progress:
-            own = replace(contest, maps=entered, quantizer=quantizer)
+            own = replace(contest, maps=entered, quantizer=quantizer, **controls)
             found[quantizer] = compare(own, store, "none", progress)
     document = {"menu": given.menu, **judged(found, {m.stem for m in maps}), "search": log}
     if given.json:

@@ -13,6 +13,7 @@ const UNITS = {
   tib: 2 ** 40,
 };
 const TIMES = { "": 1, s: 1, ms: 1e-3, us: 1e-6 };
+const ENERGIES = { "": 1, j: 1, mj: 1e-3, kj: 1e3 };
 
 /** Digits that count, without an exponent where none is needed. */
 export function digits(value, count = 4) {
@@ -88,6 +89,13 @@ export function parseBytes(text) {
 
 /** Seconds of `8ms`; null where it is no time. */
 export const parseSeconds = (text) => parse(text.replace("µ", "u"), TIMES);
+
+/** Joules of `40mJ`; null where it is no energy. */
+export const parseJoules = (text) => parse(text, ENERGIES);
+
+/** `41.3 mJ`. */
+export const joules = (value) =>
+  value < 1 ? `${digits(1e3 * value, 3)} mJ` : `${digits(value, 3)} J`;
 
 /** A plain number, or null. */
 export const parseNumber = (text) => parse(text, { "": 1 });

@@ -1,9 +1,12 @@
 // What a point can be judged by: names, units, how limits are typed, and which are limits at all.
 
-import { bits, bytes, digits, kl, parseBytes, parseNumber, parseSeconds, seconds } from "./format.js";
+import {
+  bits, bytes, digits, joules, kl, parseBytes, parseJoules, parseNumber, parseSeconds, seconds,
+} from "./format.js";
 
 const size = (values) => (Math.max(...values) >= 2e9 ? [1e9, "GB"] : [1e6, "MB"]);
 const time = (values) => (Math.max(...values) >= 1 ? [1, "s"] : [1e-3, "ms"]);
+const energy = (values) => (Math.max(...values) >= 1 ? [1, "J"] : [1e-3, "mJ"]);
 const plain = () => [1, ""];
 
 /** By the API's name. `of` reads a point, `scale` gives an axis's unit, `limit` names the limit. */
@@ -81,15 +84,21 @@ export const QUANTITIES = {
     name: "decode energy",
     title: "joules of a generated token",
     of: (p) => p.decode_j,
-    show: (v) => `${digits(v, 3)} J`,
-    scale: plain,
+    show: joules,
+    parse: parseJoules,
+    scale: energy,
+    limit: "Max decode energy",
+    example: "40mJ",
   },
   prefill_j: {
     name: "prefill energy",
     title: "joules of a prompt",
     of: (p) => p.prefill_j,
-    show: (v) => `${digits(v, 3)} J`,
-    scale: plain,
+    show: joules,
+    parse: parseJoules,
+    scale: energy,
+    limit: "Max prefill energy",
+    example: "20J",
   },
 };
 

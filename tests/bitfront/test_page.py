@@ -122,6 +122,16 @@ def test_two_limits_together(visit, api, site):
     assert best_on_page(page) == api("/query", job=site.timed, **bounds)["point"]["id"]
 
 
+def test_energy_is_a_limit_where_it_is_known(visit, api, site):
+    """A point that no counter watched meets none."""
+    page = visit(f"#/jobs/{site.timed}")
+    page.fill("[data-limit=decode_j]", "21mJ")
+    best = api("/query", job=site.timed, decode_j=0.021)["point"]["id"]
+    assert best_on_page(page) == best
+    page.fill("[data-limit=decode_j]", "19mJ")
+    assert re.search(r"the least is 20(\.0)? mJ", page.locator("#limits .answer").inner_text())
+
+
 def test_a_limit_that_nothing_meets_says_why(visit, job, points):
     page = visit(f"#/jobs/{job}")
     page.fill("[data-limit=weight_bytes]", "1B")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bitfront import caching, rules
 from bitfront.config import JobConfig
 from bitfront.fronts import layout_of
-from bitfront.sizes import show_joules, show_seconds
+from bitfront.sizes import raised, show_joules, show_seconds
 from bitfront.spending import FINE
 from cost_models.memory import PHASES, Phase
 from quantization.errors import BitfrontError
@@ -151,7 +151,7 @@ class _Given:
             if least > most:
                 show = show_seconds if name.endswith("_s") else show_joules
                 raise InfeasibleBudgetError(
-                    f"no map has {name} of at most {show(most)}: the least is {show(least)}; raise "
+                    f"no map has {name} of at most {show(most)}: the least is {show(raised(least))}; raise "
                     "the limit"
                 )
             careful = most / (1 + error)  # as when the job was searched

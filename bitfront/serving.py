@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bitfront.config import ConfigError, ServingConfig
 from bitfront.profiling import Profile, Subject, profile
 from bitfront.progress import Progress
+from bitfront.sizes import raised
 from bitfront.spending import Joules, Spending, joules_of_runs
 from cost_models.devices import LOCAL, Device, DeviceError, load_device
 from cost_models.memory import FULL_CACHE_BITS, PHASES, Phase, Workload
@@ -294,13 +295,13 @@ def check_limits(plan: "Plan", times: Times) -> None:
             continue
         if own.spending is not times:
             raise InfeasibleBudgetError(
-                f"no map takes at most {own.most:.4g} J in {phase}: the least is {least:.4g} J "
+                f"no map takes at most {own.most:.4g} J in {phase}: the least is {raised(least):.4g} J "
                 f"({own.spending.fixed(phase):.3g} J of it beside the products of weights); raise "
                 "the limit, or add smaller formats to the menu"
             )
         raise InfeasibleBudgetError(
             f"no map has a {phase} latency of at most {1e3 * own.most:.4g} ms: the fastest takes "
-            f"{1e3 * least:.4g} ms ({1e3 * times.overhead_s[phase]:.3g} ms of it beside the "
+            f"{1e3 * raised(least):.4g} ms ({1e3 * times.overhead_s[phase]:.3g} ms of it beside the "
             "products of weights); raise the limit, or add faster formats to the menu"
         )
 
@@ -318,15 +319,11 @@ def summary(times: Times, plan: "Plan") -> dict[str, Any]:
         "workload": vars(workload_of(serving)),
         "overhead_s": dict(times.overhead_s),
         "errors": dict(times.errors),
-        "joules": _joules_summary(times.joules),
+        "joules": {"unknown": times.joules}
+        if isinstance(times.joules, str)
+        else {"source": times.joules.source},
         "noisy_cells": len(found.noisy) if found else 0,
         "failed_cells": [f"{c.kernel} {c.rows}x{c.columns}: {c.failure}" for c in found.failed]
         if found
         else [],
     }
-
-
-def _joules_summary(found: Joules | str) -> dict[str, Any]:
-    if isinstance(found, str):
-        return {"source": None, "unknown": found}
-    return {"source": found.source, "fixed_j": dict(found.fixed_j), "errors": dict(found.errors)}

@@ -1,6 +1,7 @@
 """Sizes, times and energies as people write them (`120MB`, `8ms`, `40mJ`), to numbers and back."""
 
 import re
+from math import ceil, floor, log10
 
 from quantization.errors import BitfrontError
 
@@ -10,7 +11,7 @@ UNITS = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-ENERGIES = {"j": 1.0, "mj": 1e-3, "kj": 1e3}
+ENERGIES = {"j": 1.0, "mj": 1e-3, "kj": 1e3, "MJ": 1e6}  # no megajoule shall pass for a milli-
 PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -33,9 +34,16 @@ def parse_seconds(text: str) -> float:
 def parse_joules(text: str) -> float:
     """Joules of `40mJ` or `1.5J`."""
     match = PATTERN.fullmatch(text)
-    if not match or match.group(2).lower() not in ENERGIES or not float(match.group(1)):
+    unit = match and ENERGIES.get(match.group(2), ENERGIES.get(match.group(2).lower()))
+    if not match or unit is None or not float(match.group(1)):
         raise BitfrontError(f"'{text}' is not an energy; write 40mJ, 1.5J or 2kJ")
-    return float(match.group(1)) * ENERGIES[match.group(2).lower()]
+    return float(match.group(1)) * unit
+
+
+def raised(value: float) -> float:
+    """A positive number to four digits, rounded up: a limit that a reader can give again."""
+    step = 10.0 ** (floor(log10(value)) - 3)
+    return ceil(value / step) * step
 
 
 def show_joules(joules: float) -> str:

@@ -155,7 +155,8 @@ class LlamaCpp(Declared, Engine):
             for found in (schemes, reference)
         )
         caches = self.cache_types(layout, schemes)
-        return time_beside(checkpoint, layout, own, beside, exercise, caches)
+        counter, _ = self.counter()
+        return time_beside(checkpoint, layout, own, beside, exercise, caches, counter)
 
 
 class GGUFFile(Target):

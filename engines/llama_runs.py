@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engines.base import Exercise, Run
 from engines.gguf_file import F32, Stored, parts_of, write_gguf
 from engines.llama_library import PLAIN_CACHE, LlamaModel, llama
-from engines.power import processor_counter
+from engines.power import Counter
 from engines.turns import joules_of
 from quantization.checkpoints import Checkpoint
 from quantization.formats.gguf import TYPES
@@ -87,7 +87,8 @@ def time_beside(
     kernels: Mapping[str, str],
     reference: Mapping[str, str],
     exercise: Exercise,
-    caches: tuple[str, str] = PLAIN_CACHE,
+    caches: tuple[str, str],
+    counter: Counter | None,
 ) -> tuple[Run, Run]:
     """See `Engine.time_map`; maps name ggml's type for each parameter, and the cache's two."""
     placed = {site.parameter for unit in layout.units for site in unit.stored}
@@ -103,7 +104,7 @@ def time_beside(
         states = [_cache(one, checkpoint.weights_hash, exercise.past) for one in (model, usual)]
         own_tokens, beside_tokens = _tokens((model, usual), states, exercise.generated)
         joules = joules_of(
-            processor_counter()[0],
+            counter,
             lambda: model.prefill_s(exercise.prompt),
             lambda: model.restore(states[0]),
             model.step_s,

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from quantization.cache import cache_dir, write_whole
 from quantization.checkpoints import Checkpoint
 from quantization.errors import BankError, QuantizationError
-from quantization.formats import FORMATS, Packed
+from quantization.formats import FORMATS, Packed, ScalarFormat
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.quantizers import QUANTIZERS, Quantized, Quantizer, needs, rendering
 from quantization.schemes import FULL_PRECISION, Scheme
@@ -137,8 +138,9 @@ class Bank:
     def packed_parameters(self, unit: Unit, scheme: Scheme, parameter: str) -> Packed:
         """The bytes of a parameter, which stand for the values that `tensors` gives.
 
-        A bank of values has no bytes: they are made again, from the same weights and statistics,
-        and compared with the values.
+        A bank of values has no bytes: they are made again, from the same weights and statistics, and
+        compared with the values. Sums in another order (another number of threads) tip some values
+        over where errors feed back; the grid stays, and what was measured is encoded on it.
 
         Raises:
             BankError: they differ, since weights or statistics have changed.
@@ -156,6 +158,8 @@ class Bank:
             (found,) = self._quantized(weights, [site], scheme, {})
             assert isinstance(found, Quantized)
             made = found
+        if not torch.equal(self._values(made, site.transposed), values):
+            made = _on_grid_of(made, values.mT if site.transposed else values)
         if not torch.equal(self._values(made, site.transposed), values):
             raise BankError(
                 f"{parameter} in {scheme.name} is quantized otherwise than it was measured; "
@@ -339,6 +343,13 @@ class Originals(Bank):
             own = (name for name in self._weights if name not in placed)
             self._held[REST] = {name: self._weights[name] for name in own}
         return self._held[REST]
+
+
+def _on_grid_of(made: Quantized, values: Tensor) -> Quantized:
+    """Values (... x rows x columns) as the nearest codes of a quantized tensor's grid."""
+    if not isinstance(made.format, ScalarFormat):
+        return made
+    return replace(made, codes=made.format.encode(values.float().contiguous(), made.grid))
 
 
 def _alike(layout: Layout, choices: Choices) -> Iterator[tuple[list[Unit], Sequence[Scheme]]]:

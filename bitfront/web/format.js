@@ -13,7 +13,7 @@ const UNITS = {
   tib: 2 ** 40,
 };
 const TIMES = { "": 1, s: 1, ms: 1e-3, us: 1e-6 };
-const ENERGIES = { "": 1, j: 1, mj: 1e-3, kj: 1e3 };
+const ENERGIES = { "": 1, j: 1, mj: 1e-3, kj: 1e3, MJ: 1e6 };
 
 /** Digits that count, without an exponent where none is needed. */
 export function digits(value, count = 4) {
@@ -102,6 +102,6 @@ export const parseNumber = (text) => parse(text, { "": 1 });
 
 function parse(text, units) {
   const match = /^\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*$/i.exec(text);
-  const unit = match && units[match[2].toLowerCase()];
+  const unit = match && (units[match[2]] ?? units[match[2].toLowerCase()]);
   return unit === undefined || unit === null ? null : Number(match[1]) * unit;
 }

@@ -24,6 +24,7 @@ from bitfront.querying import run_query
 from bitfront.resolving import NoTablesError
 from bitfront.service import Service
 from bitfront.serving import measured_times, subject_of, timed, workload_of
+from bitfront.sizes import parse_joules, raised
 from bitfront.spending import joules_of_runs
 from cost_models.geometry import geometry_of
 from cost_models.memory import activation_bytes, footprint, kv_cache_bytes
@@ -289,12 +290,23 @@ def test_limits_on_energy_of_a_catalogued_device_are_rough_and_say_so(folder, tm
 def test_a_job_without_a_counter_knows_no_energy(done, store, monkeypatch):
     _, job = done
     facts = find_job(store, job).facts["times"]["joules"]
-    if facts["source"]:
+    if facts.get("source"):
         pytest.skip("this machine has a counter")
     with pytest.raises(NothingFitsError, match="knows no energy"):
         Service(store).query({"decode_j": 1.0}, job=job)
     with pytest.raises(NoTablesError, match="knows no joules"):
         Service(store).solve(job, [5.0], (), {"decode_j": 1.0})
+
+
+def test_the_least_that_is_told_can_be_given():
+    for value in (0.16003, 1.0, 0.99999, 12345.6, 3e-7):
+        assert value <= float(f"{raised(value):.4g}") <= value * 1.001
+
+
+def test_megajoules_are_no_millijoules():
+    assert [parse_joules(text) for text in ("40mJ", "40mj", "1.5J", "2kJ", "1MJ")] == [
+        0.04, 0.04, 1.5, 2000.0, 1e6,
+    ]  # fmt: skip
 
 
 def test_limits_on_energy_want_a_counter(folder, monkeypatch):

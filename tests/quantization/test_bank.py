@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from quantization.formats import FORMATS
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
-from quantization.statistics import Statistics
+from quantization.statistics import NOTHING_KNOWN, Statistics
 from tests.conftest import MENU, choices_of
 
 RTN = QUANTIZERS["rtn"]
@@ -94,6 +95,38 @@ def test_a_packed_bank_holds_exactly_the_formats_bytes_and_the_same_values(
             with torch.inference_mode():
                 logits.append(model.module(ids).logits)
         assert torch.allclose(*logits, rtol=1e-3, atol=1e-4)
+
+
+class Tipping(type(RTN)):
+    """Gives other codes at each call, as feedback does when sums are made in another order."""
+
+    name, calls = "tipping", 0
+
+    def quantize(self, weight, format, statistics=NOTHING_KNOWN):
+        found = super().quantize(weight, format, statistics)
+        Tipping.calls += 1
+        codes = found.codes.clone()
+        codes[..., 0, Tipping.calls % 7] = 0
+        return replace(found, codes=codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int3-g32", "int8-g32", "nf4-g32", "squeezellm3", "mxfp4"])
+def test_bytes_stand_for_the_values_that_were_measured(make_bank, tmp_path, name, dtype):
+    """Whatever the quantizer gives the second time; another model's values are still refused."""
+    source, scheme = make_bank("llama"), Scheme(name)
+    bank = Bank(source.checkpoint, source.layout, Tipping(), dtype, tmp_path)
+    bank.build(choices_of(bank.layout, [scheme]))
+    unit = next(u for u in bank.layout.units if u.layer is not None)
+    parameter = unit.stored[0].parameter
+    before = Tipping.calls
+    packed = bank.packed_parameters(unit, scheme, parameter)
+    assert Tipping.calls == before + 1
+    values = FORMATS[name].decode(*FORMATS[name].unpack(packed)).to(dtype)
+    assert torch.equal(values, bank.tensors(unit, scheme)[parameter])
+    bank._weights = {**bank._weights, parameter: 1.7 * bank._weights[parameter]}
+    with pytest.raises(BankError, match="quantized otherwise than it was measured"):
+        bank.packed_parameters(unit, scheme, parameter)
 
 
 def test_a_second_build_loads_and_quantizes_nothing(make_bank, monkeypatch):

@@ -16,9 +16,10 @@ from torch import Tensor
 from evaluation.assembly import AssembledModel
 from evaluation.divergence import Head, Loss, divergence, divergence_with_gradient
 from evaluation.passes import Passes
-from quantization.bank import Bank, Originals
+from quantization.bank import Bank
 from quantization.cache import cache_dir, write_whole
 from quantization.errors import MeasurementError
+from quantization.originals import Originals
 from quantization.schemes import Scheme
 
 Ids = NDArray[np.int64]

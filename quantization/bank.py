@@ -25,7 +25,7 @@ from torch import Tensor
 from quantization.cache import cache_dir, write_whole
 from quantization.checkpoints import Checkpoint
 from quantization.errors import BankError, QuantizationError
-from quantization.formats import FORMATS, Packed, ScalarFormat
+from quantization.formats import FORMATS, Packed, Rotated, ScalarFormat
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.quantizers import QUANTIZERS, Quantized, Quantizer, needs, rendering
 from quantization.schemes import FULL_PRECISION, Scheme
@@ -149,23 +149,13 @@ class Bank:
         if isinstance(values, PackedWeight):
             return values.packed
         site = next(site for site in unit.stored if site.parameter == parameter)
-        if scheme.weight == FULL_PRECISION:
-            weight = self.reference(unit)[parameter].float()
-            weight = weight.mT if site.transposed else weight
-            made = QUANTIZERS["rtn"].quantize(weight, FORMATS[FULL_PRECISION], NOTHING_KNOWN)
-        else:
-            weights = {parameter: self._weights[parameter]}
-            (found,) = self._quantized(weights, [site], scheme, {})
-            assert isinstance(found, Quantized)
-            made = found
-        if not torch.equal(self._values(made, site.transposed), values):
-            made = _on_grid_of(made, values.mT if site.transposed else values)
-        if not torch.equal(self._values(made, site.transposed), values):
-            raise BankError(
-                f"{parameter} in {scheme.name} is quantized otherwise than it was measured; "
-                "the model or the calibration has changed: search again"
-            )
-        return made.pack()
+        for made in self._made_again(unit, site, scheme, values):
+            if torch.equal(self._values(made, site.transposed), values):
+                return made.pack()
+        raise BankError(
+            f"{parameter} in {scheme.name} is quantized otherwise than it was measured; "
+            "the model or the calibration has changed: search again"
+        )
 
     def reference(self, unit: Unit) -> Tensors:
         """The unit's unquantized parameters."""
@@ -201,6 +191,31 @@ class Bank:
             for unit, row in zip(missing, zip(*quantized, strict=True), strict=True):
                 self._write_entry(unit, scheme, row)
 
+    def _made_again(
+        self, unit: Unit, site: Site, scheme: Scheme, values: Tensor
+    ) -> Iterator[Quantized]:
+        """What a parameter's values could be codes of, the cheapest to make first."""
+        if scheme.weight == FULL_PRECISION:
+            weight = self.reference(unit)[site.parameter].float()
+            weight = weight.mT if site.transposed else weight
+            yield QUANTIZERS["rtn"].quantize(weight, FORMATS[FULL_PRECISION], NOTHING_KNOWN)
+            return
+        weights = {site.parameter: self._weights[site.parameter]}
+        rows = (values.mT if site.transposed else values).float().contiguous()
+        known: dict[tuple[str, frozenset[Statistic]], SiteStatistics] = {}
+        own, format = (
+            self._weights_and_statistics(weights, [site], scheme, known),
+            FORMATS[scheme.weight],
+        )
+        grid = self.quantizer.grid(own[0][0], format, own[1][0])
+        if grid is not None and isinstance(format, (ScalarFormat, Rotated)):
+            yield Quantized(format, format.encode(rows, grid), grid)
+        (found,) = self._quantized(weights, [site], scheme, known)
+        assert isinstance(found, Quantized)
+        yield found
+        if isinstance(format, (ScalarFormat, Rotated)):
+            yield replace(found, codes=format.encode(rows, found.grid))
+
     def _quantized(
         self,
         parameters: Tensors,
@@ -209,21 +224,32 @@ class Bank:
         known: dict[tuple[str, frozenset[Statistic]], SiteStatistics],
     ) -> Sequence[Tensor | Quantized]:
         """Sites of one shape under a scheme, rows x columns; the reference as it is."""
-        weights = [parameters[site.parameter] for site in sites]
         if isinstance(scheme, str) or scheme.weight == self._exact_format():
-            return weights
-        kinds = self._needs(scheme)
-        for site in sites:
-            if (site.parameter, kinds) not in known:
-                own = self.statistics.of(site, kinds) if self.statistics else NOTHING_KNOWN
-                known[site.parameter, kinds] = own
-        weights = [w.mT if s.transposed else w for w, s in zip(weights, sites, strict=True)]
-        statistics = [known[site.parameter, kinds] for site in sites]
+            return [parameters[site.parameter] for site in sites]
+        weights, statistics = self._weights_and_statistics(parameters, sites, scheme, known)
         try:
             return self.quantizer.quantize_alike(weights, FORMATS[scheme.weight], statistics)
         except QuantizationError as error:
             names = ", ".join(site.name for site in sites)
             raise QuantizationError(f"{names} in {scheme.name}: {error}") from error
+
+    def _weights_and_statistics(
+        self,
+        parameters: Tensors,
+        sites: Sequence[Site],
+        scheme: Scheme,
+        known: dict[tuple[str, frozenset[Statistic]], SiteStatistics],
+    ) -> tuple[list[Tensor], list[SiteStatistics]]:
+        """What a quantizer gets; `known` keeps what was read."""
+        kinds = self._needs(scheme)
+        for site in sites:
+            if (site.parameter, kinds) not in known:
+                own = self.statistics.of(site, kinds) if self.statistics else NOTHING_KNOWN
+                known[site.parameter, kinds] = own
+        weights = [
+            parameters[s.parameter].mT if s.transposed else parameters[s.parameter] for s in sites
+        ]
+        return weights, [known[site.parameter, kinds] for site in sites]
 
     def _write_entry(
         self, unit: Unit, scheme: Scheme | str, quantized: Sequence[Tensor | Quantized]
@@ -317,39 +343,6 @@ class Bank:
         if path not in self._maps:
             self._maps[path] = _map(path, self.dtype)
         return self._maps[path]
-
-
-class Originals(Bank):
-    """Nothing but a model's own weights in float32, straight from its files: no bank is written."""
-
-    def __init__(self, bank: Bank) -> None:
-        super().__init__(bank.checkpoint, bank.layout, bank.quantizer, torch.float32)
-        self._held: dict[str, Tensors] = {}
-
-    def reference(self, unit: Unit) -> Tensors:
-        """See `Bank.reference`; held until it is forgotten."""
-        if unit.name not in self._held:
-            self._held[unit.name] = {s.parameter: self._weights[s.parameter] for s in unit.stored}
-        return self._held[unit.name]
-
-    def forget(self, unit: Unit) -> list[Tensor]:
-        """See `Bank.forget`."""
-        return list(self._held.pop(unit.name, {}).values())
-
-    def rest(self) -> Tensors:
-        """See `Bank.rest`; held for good, as replicas tell pages apart by where they lie."""
-        if REST not in self._held:
-            placed = {site.parameter for unit in self.layout.units for site in unit.stored}
-            own = (name for name in self._weights if name not in placed)
-            self._held[REST] = {name: self._weights[name] for name in own}
-        return self._held[REST]
-
-
-def _on_grid_of(made: Quantized, values: Tensor) -> Quantized:
-    """Values (... x rows x columns) as the nearest codes of a quantized tensor's grid."""
-    if not isinstance(made.format, ScalarFormat):
-        return made
-    return replace(made, codes=made.format.encode(values.float().contiguous(), made.grid))
 
 
 def _alike(layout: Layout, choices: Choices) -> Iterator[tuple[list[Unit], Sequence[Scheme]]]:

@@ -8,7 +8,9 @@ from quantization.formats.dense_and_sparse import DenseAndSparse
 from quantization.formats.dialect import DialectFP4
 from quantization.formats.fgmp import FGMP
 from quantization.formats.gguf import gguf_formats
+from quantization.formats.rotated import Rotated
 from quantization.formats.row_tables import RowTables
+from quantization.formats.trellis import Trellis
 from quantization.registry import Registry
 
 FORMATS: Registry[Format] = Registry("format")
@@ -32,10 +34,11 @@ def _register() -> None:
         *channel_mixtures(scalar),
         *(FGMP(percent, scalar["nvfp4"], scalar["fp8-e4m3"]) for percent in (10, 30, 50, 70, 90)),
     )
-    for format in (*scalar.values(), *mixtures, *gguf_formats()):
+    trellises = (Rotated(Trellis(bits)) for bits in range(2, 7))
+    for format in (*scalar.values(), *mixtures, *trellises, *gguf_formats()):
         FORMATS.add(format.name, format)
 
 
 _register()
 
-__all__ = ["FORMATS", "BFloat16", "Format", "Grid", "Packed", "ScalarFormat"]
+__all__ = ["FORMATS", "BFloat16", "Format", "Grid", "Packed", "Rotated", "ScalarFormat"]

@@ -90,10 +90,12 @@ class ScalarFormat(Format):
         batched: whether `take` works on a stack of matrices at once.
         rowwise: whether no rows share anything, so that `on_diagonal` works and a grid's tensors have
             their rows last but one.
+        joint: whether a column's values are rounded together, which takes too long to do twice.
     """
 
     batched = True
     rowwise = False
+    joint = False
 
     @abstractmethod
     def fit(self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN) -> Grid:

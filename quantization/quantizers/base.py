@@ -59,6 +59,15 @@ class Quantizer(ABC):
             QuantizationError: NaN or infinity in the weight, or a range the format can't hold.
         """
 
+    def grid(
+        self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
+    ) -> Grid | None:
+        """The grid that `quantize` rounds on, where rounding takes much longer; None elsewhere.
+
+        Values that were rounded before find their codes on it.
+        """
+        return None
+
     def quantize_alike(
         self, weights: Sequence[Tensor], format: Format, statistics: Sequence[SiteStatistics]
     ) -> list[Quantized]:

@@ -10,13 +10,13 @@ that groups stay where they are. Any scalar format will do: it only has to round
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantization.errors import QuantizationError
-from quantization.formats import Format, Grid, ScalarFormat
+from quantization.formats import Format, Grid, Rotated, ScalarFormat
 from quantization.quantizers.base import Quantized, Quantizer, check_finite
 from quantization.quantizers.clipping import clipped_grid
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
@@ -50,7 +50,7 @@ class GPTQ(Quantizer):
         self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
     ) -> Quantized:
         """See `Quantizer.quantize`; rounds to nearest where no input was seen."""
-        if not isinstance(format, ScalarFormat):
+        if not isinstance(format, (ScalarFormat, Rotated)):
             check_finite(weight)
             return Quantized(format, *format.nearest(weight.float(), statistics))
         if weight.dim() == 2:
@@ -59,10 +59,30 @@ class GPTQ(Quantizer):
         grid = {name: torch.stack([q.grid[name] for q in found]) for name in found[0].grid}
         return Quantized(format, torch.stack([q.codes for q in found]), grid)
 
+    def grid(
+        self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
+    ) -> Grid | None:
+        """See `Quantizer.grid`."""
+        if weight.dim() > 2:
+            return None
+        if isinstance(format, Rotated):
+            known = format.turned_statistics(statistics)
+            return self.grid(format.turned(weight.float()), format.inner, known)
+        if not isinstance(format, ScalarFormat):
+            return None
+        return clipped_grid(weight.float(), format, statistics)
+
     def quantize_alike(
         self, weights: Sequence[Tensor], format: Format, statistics: Sequence[SiteStatistics]
     ) -> list[Quantized]:
         """See `Quantizer.quantize_alike`: a column of all matrices is rounded at once."""
+        if isinstance(format, Rotated) and weights[0].dim() == 2:
+            for weight in weights:
+                check_finite(weight)
+            turned = [format.turned(weight.float()) for weight in weights]
+            known = [format.turned_statistics(own) for own in statistics]
+            inside = self.quantize_alike(turned, format.inner, known)
+            return [replace(quantized, format=format) for quantized in inside]
         if not isinstance(format, ScalarFormat) or weights[0].dim() > 2:
             return super().quantize_alike(weights, format, statistics)
         found = []
@@ -80,15 +100,17 @@ class GPTQ(Quantizer):
             check_finite(weight)
         weights = [weight.float() for weight in weights]
         grids = [clipped_grid(w, format, s) for w, s in zip(weights, statistics, strict=True)]
-        moved = list(weights)
+        codes: list[Tensor | None] = [None] * len(weights)
         seen = [i for i, known in enumerate(statistics) if known.second_moment is not None]
         if seen:
             for i, own in zip(
                 seen, self._moved(seen, weights, format, grids, statistics), strict=True
             ):
-                moved[i] = own
-        codes = [format.encode(w, grid) for w, grid in zip(moved, grids, strict=True)]
-        return [Quantized(format, *pair) for pair in zip(codes, grids, strict=True)]
+                codes[i] = own if format.joint else format.encode(own, grids[i])
+        return [
+            Quantized(format, format.encode(w, grid) if own is None else own, grid)
+            for own, w, grid in zip(codes, weights, grids, strict=True)
+        ]
 
     def _moved(
         self,
@@ -98,7 +120,10 @@ class GPTQ(Quantizer):
         grids: Sequence[Grid],
         statistics: Sequence[SiteStatistics],
     ) -> list[Tensor]:
-        """The weights of those with a second moment, as they are when their turn comes."""
+        """The weights of those with a second moment, as they are when their turn comes.
+
+        Formats whose values are rounded jointly give their codes instead.
+        """
         found = [self._order_and_factor(statistics[i], weights[i]) for i in seen]
         orders, factors = zip(*found, strict=True)
         triples = zip(seen, orders, strict=True)
@@ -155,9 +180,13 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
 
 
 def _sweep(weight: Tensor, factor: Tensor, format: ScalarFormat, grid: dict[str, Tensor]) -> Tensor:
-    """Weights that have made up for the errors before them, each as it was when rounded."""
+    """Weights that have made up for the errors before them, each as it was when rounded.
+
+    Of joint formats, their codes.
+    """
     width = weight.shape[-1]
-    open_, rounded = weight.clone(), torch.empty_like(weight)
+    open_ = weight.clone()
+    rounded: list[Tensor] = []
     for start in range(0, width, BLOCK):
         columns = torch.arange(start, min(start + BLOCK, width), device=weight.device)
         inside = format.take(grid, columns, width)
@@ -167,11 +196,12 @@ def _sweep(weight: Tensor, factor: Tensor, format: ScalarFormat, grid: dict[str,
         for j in range(len(columns)):
             values = block[..., j : j + 1]
             own = format.take(inside, columns[j : j + 1] - start, len(columns))
-            nearest = format.decode(format.encode(values, own), own)
-            rounded[..., start + j : start + j + 1] = values
+            codes = format.encode(values, own)
+            nearest = format.decode(codes, own)
+            rounded.append(codes if format.joint else values)
             error = (values - nearest) / upper[..., j, j, None, None]
             block[..., j + 1 :] -= error * upper[..., None, j, j + 1 :]
             errors[..., j : j + 1] = error
         rest = factor[..., start : start + BLOCK, start + BLOCK :]
         open_[..., start + BLOCK :] -= errors @ rest
-    return rounded
+    return torch.cat(rounded, -1)

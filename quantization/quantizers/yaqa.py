@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quantization.errors import QuantizationError
-from quantization.formats import Format, Grid, ScalarFormat
+from quantization.formats import Format, Grid, Rotated, ScalarFormat
 from quantization.quantizers.base import Quantized
 from quantization.quantizers.gptq import GPTQ
 from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
@@ -52,8 +52,15 @@ class YAQA(GPTQ):
         self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
     ) -> Quantized:
         """See `Quantizer.quantize`; formats that round by themselves get H's diagonal to do so."""
-        known = statistics if isinstance(format, ScalarFormat) else _guided(statistics)
+        moved = isinstance(format, (ScalarFormat, Rotated))
+        known = statistics if moved else _guided(statistics)
         return super().quantize(weight, format, known)
+
+    def grid(
+        self, weight: Tensor, format: Format, statistics: SiteStatistics = NOTHING_KNOWN
+    ) -> Grid | None:
+        """See `Quantizer.grid`."""
+        return super().grid(weight, format, _guided(statistics))
 
     def _quantize_stack(
         self, weights: Sequence[Tensor], format: ScalarFormat, statistics: Sequence[SiteStatistics]
@@ -119,7 +126,9 @@ def _guided(known: SiteStatistics) -> SiteStatistics:
         importance = known.importance
         if importance is None or torch.equal(importance, _diagonal(plain)):
             importance = _diagonal(mixed).contiguous()
-        known.remembered["guided"] = replace(known, second_moment=mixed, importance=importance)
+        known.remembered["guided"] = replace(
+            known, second_moment=mixed, input_curvature=None, importance=importance
+        )
     guided: SiteStatistics = known.remembered["guided"]
     return guided
 

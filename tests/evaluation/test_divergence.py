@@ -8,9 +8,10 @@ import torch
 
 from evaluation.divergence import FixedReference, Head, divergence
 from evaluation.evaluator import Evaluator
-from quantization.bank import Bank, Originals
+from quantization.bank import Bank
 from quantization.checkpoints import load_model
 from quantization.errors import MeasurementError
+from quantization.originals import Originals
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
 from tests.conftest import MENU

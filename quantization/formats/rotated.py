@@ -1,0 +1,121 @@
+"""Rotated formats: a weight is turned to a basis where it looks Gaussian, and quantized there.
+
+    W' = R_out^T W R_in        R = diag(signs) Hadamard, in blocks along the diagonal
+
+A random Hadamard matrix spreads outliers over a block (QuIP#, arXiv 2402.04396, section 3; QTIP
+and EXL3 do the same). Signs follow from the size alone, so nothing is stored; whoever multiplies
+packed bytes turns the inputs by R_in and the outputs back by R_out^T.
+
+A quantizer that knows how to move values does so in the turned basis, with turned statistics.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantization.formats.base import Format, Grid, Packed, ScalarFormat
+from quantization.statistics import NOTHING_KNOWN, SiteStatistics
+
+LARGEST, SMALLEST = 128, 16  # of the blocks: powers of two; EXL3's are 128
+
+
+@dataclass(frozen=True)
+class Rotated(Format):
+    """`inner` in the turned basis, under the same name."""
+
+    inner: ScalarFormat
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """That of the inner format."""
+        return self.inner.name
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        """That of the inner format."""
+        return self.inner.family
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Rows and columns have to divide into blocks."""
+        if len(shape) > 1:
+            for size, what in zip(shape[-2:], ("rows", "columns"), strict=True):
+                if size % SMALLEST:
+                    return f"{size} {what} don't divide into Hadamard blocks of {SMALLEST}"
+        return self.inner.refusal(shape)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """That of the inner format: signs aren't stored."""
+        return self.inner.nbytes(shape)
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """R_out^T W R_in."""
+        return turn(turn(weight.mT).mT)
+
+    def turned_statistics(self, known: SiteStatistics) -> SiteStatistics:
+        """The statistics of the turned weight; what is known of single weights alone is lost."""
+        if "turned" not in known.remembered:
+            moments = {
+                name: None if moment is None else turn(turn(moment.float()).mT).mT
+                for name, moment in (
+                    ("second_moment", known.second_moment),
+                    ("input_curvature", known.input_curvature),
+                )
+            }
+            second = moments["second_moment"]
+            diagonal = None if second is None else second.diagonal(dim1=-2, dim2=-1)
+            known.remembered["turned"] = SiteStatistics(importance=diagonal, **moments)
+        turned: SiteStatistics = known.remembered["turned"]
+        return turned
+
+    def nearest(
+        self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN
+    ) -> tuple[Tensor, Grid]:
+        """The inner format's, in the turned basis."""
+        return self.inner.nearest(self.turned(weight), self.turned_statistics(statistics))
+
+    def encode(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Codes of a weight in its own basis, on a grid that was fitted before."""
+        return self.inner.encode(self.turned(weight), grid)
+
+    def decode(self, codes: Tensor, grid: Grid) -> Tensor:
+        """The inner format's values, turned back."""
+        return turn_back(turn_back(self.inner.decode(codes, grid)).mT).mT.contiguous()
+
+    def pack(self, codes: Tensor, grid: Grid) -> Packed:
+        """As the inner format."""
+        return self.inner.pack(codes, grid)
+
+    def unpack(self, packed: Packed) -> tuple[Tensor, Grid]:
+        """As the inner format."""
+        return self.inner.unpack(packed)
+
+
+def turn(x: Tensor) -> Tensor:
+    """X R along the last dimension."""
+    signs, hadamard = _rotation(x.shape[-1])
+    blocks = (x * signs.to(x)).unflatten(-1, (-1, len(hadamard)))
+    return (blocks @ hadamard.to(x)).flatten(-2)
+
+
+def turn_back(x: Tensor) -> Tensor:
+    """X R^T along the last dimension."""
+    signs, hadamard = _rotation(x.shape[-1])
+    blocks = x.unflatten(-1, (-1, len(hadamard)))
+    return (blocks @ hadamard.to(x)).flatten(-2) * signs.to(x)
+
+
+@cache
+def _rotation(size: int) -> tuple[Tensor, Tensor]:
+    """Signs (size) and the Hadamard matrix of a block, which is symmetric and its own inverse."""
+    digest = hashlib.shake_256(f"rotation of {size}".encode()).digest(-(-size // 8))
+    octets = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8)).flatten()[:size] & 1
+    block = min(LARGEST, size & -size)
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < block:
+        above = torch.cat([hadamard, hadamard], 1)
+        hadamard = torch.cat([above, torch.cat([hadamard, -hadamard], 1)])
+    return 1.0 - 2.0 * bits.float(), hadamard / block**0.5

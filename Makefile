@@ -16,9 +16,10 @@ demo: $(VENV)/.demo
 	$(BIN)/bitfront export --point $$POINT --to map -o demo/map --force && \
 	$(BIN)/bitfront export --point $$POINT --to safetensors -o demo/checkpoint --force
 
-# two tests at a time, a thread each: on two cores that takes little more than half as long
+# two tests at a time, a thread each: on two cores that takes little more than half as long; where
+# a test starts threads of its own after all, those that wait leave their core to others
 test: $(VENV)/.demo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: format lint types test
 

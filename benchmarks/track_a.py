@@ -102,7 +102,7 @@ class Searcher:
 
     def _estimate(self) -> np.ndarray:
         """The estimator's table, from as much text as its part of the time allows."""
-        tables, estimator = [], ESTIMATORS[ESTIMATOR]
+        tables, estimator = [], ESTIMATORS[self.plan.config.estimators[0]]
         for share in estimator.shares(len(self.plan.choices), len(self.chunks)):
             with self.clock.step():
                 tables.append(estimator.score(self._model, self.chunks, self.plan.choices, share))

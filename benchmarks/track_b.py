@@ -1,8 +1,8 @@
 r"""Track B: the whole menu plays. The same bytes, any weight format of ours, under YAQA.
 
-One search over formats and units from one text. On another text its maps meet, at equal bytes,
-uniform maps in groups of 64, 32 and 16 and the maps that other allocators chose (integers in groups
-of 64), which are measured under each of the quantizers that a rival could take.
+One search over formats and units from one text. On another text its maps, and uniform ones of its
+formats, meet at equal bytes the integers of others: uniform maps in groups of 64, 32 and 16 and the
+maps that other allocators chose (groups of 64), under each of the quantizers that a rival could take.
 
     python benchmarks/track_b.py --model DIR --text SEARCH_TEXT --heldout TEXT --minutes 15 \
         --out DIR [--maps PEER.json ...] [--json PATH]
@@ -17,20 +17,23 @@ from typing import Any
 import numpy as np
 from track_a import LENGTH, Searcher, plan_for
 
-from bitfront.allocators import GIVEN, NULL, Contest, Entry, compare
+from bitfront.allocators import GIVEN, Contest, Entry, compare
 from bitfront.console import errors
 from bitfront.pipeline import spec_of
 from bitfront.plan import Plan
 from bitfront.progress import Lines
+from evaluation.texts import TextRequest, consecutive
+from quantization.checkpoints import load_tokenizer
+from search.controls import uniform
+from search.statistics import mean_interval
 from store.database import Store
 from workers.session import Session
 
-# no asymmetric integers: the demo model was made of asymmetric groups of 32
-MENU = (
-    "int2-g16-spqr,int3-g16-spqr,int4-g16-spqr,int5-g16-spqr,int2-g32-fp8,int3-g32-fp8,"
-    "int4-g32-fp8,squeezellm3,squeezellm4,int6-g32-fp8"
+MENU = "trellis2,trellis3,trellis4,trellis5,trellis6"
+ESTIMATOR = (
+    "row-fisher"  # feedback correlates a row's errors: what takes them for independent misleads
 )
-BITS = (3.0, 3.25, 3.5, 3.75, 4.25, 4.75, 5.0)
+BITS = (3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75, 5.0)
 OURS = "yaqa"
 RIVALS = ("gptq", "rtn-weighted")
 CALIBRATION = 32
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15, help="of the search, banks excluded")
     parser.add_argument("--maps", type=Path, nargs="*", default=[])
     parser.add_argument("--menu", default=MENU)
+    parser.add_argument("--estimator", default=ESTIMATOR)
     parser.add_argument("--bits", default=",".join(map(str, BITS)))
     parser.add_argument("--chunks", type=int, default=24, help="of the held-out text")
     parser.add_argument("--out", type=Path, required=True)
@@ -51,41 +55,55 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     bits = tuple(float(b) for b in given.bits.split(","))
-    maps, log = search(given, bits)
+    ours, log = search(given, bits)
     store = Store(f"sqlite:///{given.out.resolve()}/measurements.sqlite").open()
     contest = Contest(
-        given.model, given.heldout, (), bits, given.chunks, LENGTH,
+        given.model, given.heldout, tuple(given.maps), bits, given.chunks, LENGTH,
         calibration=given.text, random=0,
     )  # fmt: skip
-    found = {}
-    for quantizer in dict.fromkeys((OURS, *RIVALS)):
-        entered = (
-            *(maps if quantizer == OURS else ()),
-            *(given.maps if quantizer in RIVALS else ()),
-        )
-        controls: dict[str, Any] = {} if quantizer in RIVALS else {"bits": (3, 4), "finer": ()}
+    rivals = {}
+    for quantizer in RIVALS:
         with Lines(errors) as progress:
-            own = replace(contest, maps=entered, quantizer=quantizer, **controls)
-            found[quantizer] = compare(own, store, "none", progress)
-    document = {"menu": given.menu, **judged(found, {m.stem for m in maps}), "search": log}
+            own = replace(contest, quantizer=quantizer)
+            rivals[quantizer] = compare(own, store, "none", progress)
+    document = {
+        "menu": given.menu, "estimator": given.estimator, **judged(ours, rivals), "search": log
+    }  # fmt: skip
     if given.json:
         given.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def search(given: argparse.Namespace, bits: tuple[float, ...]) -> tuple[list[Path], dict[str, Any]]:
-    """The maps of one search, the estimator's and the refined ones, and what it cost."""
+def search(
+    given: argparse.Namespace, bits: tuple[float, ...]
+) -> tuple[list[Entry], dict[str, Any]]:
+    """The maps of one search, the estimator's and the refined ones, measured, and what it cost."""
     plan = plan_for(
         given.model, given.text, bits, 80, menu=given.menu, quantizer=OURS,
+        estimators=[given.estimator],
         **{"texts.calibration": {"source": given.text, "chunks": CALIBRATION, "length": LENGTH}},
     )  # fmt: skip
     Session(spec_of(plan, None)).prepare()
     searcher = Searcher(plan, given.minutes, 0, from_now=True)
-    paths = [write(given.out, plan, f"estimator-{b:g}", x) for b, x in searcher.first.items()]
-    paths += [write(given.out, plan, f"bitfront-{b:g}", x) for b, x in searcher.search().items()]
-    return paths, searcher.log
+    problem = plan.problem(np.zeros(plan.offered.shape))
+    maps = {f"estimator-{b:g}": (b, x) for b, x in searcher.first.items()}
+    maps |= {f"bitfront-{b:g}": (b, x) for b, x in searcher.search().items()}
+    for column, scheme in enumerate(plan.menu):
+        if (flat := uniform(problem, column)) is not None:
+            maps[f"uniform {scheme.weight}"] = plan.average_bits(flat), flat
+    size = TextRequest(given.heldout, given.chunks, LENGTH)
+    text = consecutive(load_tokenizer(plan.checkpoint), size)
+    entries = []
+    for name, (budget, choice) in maps.items():
+        write(given.out, plan, name.replace(" ", "-"), choice)
+        kl = [searcher.kl(choice, chunk) * (LENGTH - 1) for chunk in text.ids]
+        interval = mean_interval(np.array(kl), np.full(len(kl), LENGTH - 1.0))
+        bits_used = plan.average_bits(choice)
+        entries.append(Entry(budget, name, GIVEN, bits_used, interval, None))
+        print(f"{name:<18} {bits_used:.4f} bits, KL {interval.mean:.4f}", flush=True)
+    return entries, searcher.log
 
 
-def write(out: Path, plan: Plan, name: str, choice: np.ndarray) -> Path:
+def write(out: Path, plan: Plan, name: str, choice: np.ndarray) -> None:
     """A map as linear -> format."""
     found = {
         site.name.removesuffix(".weight"): scheme.weight
@@ -93,23 +111,15 @@ def write(out: Path, plan: Plan, name: str, choice: np.ndarray) -> Path:
         for site in unit.sites
         if scheme.weight != "bf16"
     }
-    path = out / f"{name}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    return path
+    (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def judged(found: dict[str, list[Entry]], ours: set[str]) -> dict[str, Any]:
-    """Ours against the best rival that is no larger, whatever its quantizer."""
-    rivals = [
-        (entry, quantizer)
-        for quantizer in RIVALS
-        for entry in found[quantizer]
-        if entry.name not in ours and entry.kind != NULL
-    ]
+def judged(ours: list[Entry], found: dict[str, list[Entry]]) -> dict[str, Any]:
+    """Ours against the best rival that is no larger than the budget, whatever its quantizer."""
+    rivals = [(entry, quantizer) for quantizer, entries in found.items() for entry in entries]
     results = []
-    for entry in (e for e in found[OURS] if e.kind == GIVEN and e.name in ours):
-        budget = float(entry.name.rsplit("-", 1)[1])
-        smaller = [r for r in rivals if r[0].average_bits <= budget + 1e-4]
+    for entry in ours:
+        smaller = [r for r in rivals if r[0].average_bits <= entry.budget + 1e-4]
         if not smaller:
             continue
         best, quantizer = min(smaller, key=lambda r: r[0].kl.mean)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commanding import run_command
+
 ROOT = Path(__file__).parents[2]
 SEARCH = [
     "--menu",
@@ -22,14 +24,12 @@ SEARCH = [
 
 
 @pytest.fixture(scope="module")
-def run(bitfront_command, tmp_path_factory):
+def run(tmp_path_factory):
     url = f"sqlite:///{tmp_path_factory.mktemp('cli')}/s.sqlite"
 
     def call(*arguments, ok=True, store=url):
         stores = ["--store", store] if arguments[0] != "--help" else []
-        result = subprocess.run(
-            [bitfront_command, *arguments, *stores], capture_output=True, text=True, check=False
-        )
+        result = run_command([*arguments, *stores])
         assert (result.returncode == 0) == ok, result.stderr
         assert "Traceback" not in result.stderr
         return result
@@ -49,6 +49,15 @@ def searched(run, tiny_folders, tmp_path_factory):
         )
     )
     return run("search", str(tiny_folders("llama")), "-c", str(config), *SEARCH, "--json")
+
+
+def test_the_installed_command_is_what_is_tested_here(bitfront_command, run):
+    """Others run the same `main` in a process that was forked for it."""
+    result = subprocess.run(
+        [bitfront_command, "formats", "INT4-G64"], capture_output=True, text=True, check=False
+    )
+    forked = run("formats", "INT4-G64", ok=False)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", forked.stderr)
 
 
 def test_search_prints_json_and_nothing_else_on_stdout(searched):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from dataclasses import replace
 from typing import ClassVar
 
@@ -40,6 +39,7 @@ from store.database import Store
 from store.queries import candidates_of, find_job
 from store.times import cell_times
 from tests.bitfront.test_pipeline import CountingPool, size, small_config
+from tests.commanding import run_command
 from workers.pool import InProcessPool
 
 SERVING = ServingConfig(engine="llama.cpp", threads=1, context=32, prompt=32)
@@ -533,11 +533,8 @@ def test_limits_on_seconds_want_an_engine(folder):
         ),
     ],
 )
-def test_bad_input_is_one_line(bitfront_command, folder, arguments, said):
-    arguments = [str(folder) if word == "MODEL" else word for word in arguments]
-    done = subprocess.run(
-        [bitfront_command, *arguments], capture_output=True, text=True, check=False
-    )
+def test_bad_input_is_one_line(folder, arguments, said):
+    done = run_command([str(folder) if word == "MODEL" else word for word in arguments])
     assert done.returncode == 1
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

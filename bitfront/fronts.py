@@ -289,7 +289,10 @@ def _compare(ours: Point, control: Point, name: str, heldout: dict[str, MapLoss]
             but += f"{control.perplexity:.4g})"
         return f"Point {ours.id} loses less than {name}: {share} with {size}{but}."
     if fewer >= COMPARABLE_SIZE:
-        return f"Nothing of about its size was searched to compare with {name}."
+        return (
+            f"No mix of about the size of {name} was measured here to compare with it: none was "
+            "searched, or it lost on the search text."
+        )
     if gap.low > 0:
         return (
             f"Point {ours.id} LOSES MORE than {name}: {share} with {size}. "

@@ -16,6 +16,7 @@ from quantization.errors import BankError, QuantizationError
 from quantization.formats import FORMATS
 from quantization.kernels.packed_weight import PackedWeight
 from quantization.quantizers import QUANTIZERS
+from quantization.quantizers.gptq import GPTQ
 from quantization.schemes import Scheme
 from quantization.statistics import NOTHING_KNOWN, Statistics
 from tests.conftest import MENU, choices_of
@@ -127,6 +128,18 @@ def test_bytes_stand_for_the_values_that_were_measured(make_bank, tmp_path, name
     bank._weights = {**bank._weights, parameter: 1.7 * bank._weights[parameter]}
     with pytest.raises(BankError, match="quantized otherwise than it was measured"):
         bank.packed_parameters(unit, scheme, parameter)
+
+
+def test_bytes_of_measured_values_take_no_second_sweep(make_bank, tmp_path, monkeypatch):
+    source, scheme = make_bank("llama"), Scheme("int3-g32")
+    bank = Bank(source.checkpoint, source.layout, QUANTIZERS["gptq"], torch.float32, tmp_path)
+    bank.build(choices_of(bank.layout, [scheme]))
+    unit = next(u for u in bank.layout.units if u.layer is not None)
+    parameter = unit.stored[0].parameter
+    monkeypatch.setattr(GPTQ, "quantize_alike", None)  # calling it would be an error
+    packed = bank.packed_parameters(unit, scheme, parameter)
+    values = FORMATS["int3-g32"].decode(*FORMATS["int3-g32"].unpack(packed))
+    assert torch.equal(values, bank.tensors(unit, scheme)[parameter])
 
 
 def test_a_second_build_loads_and_quantizes_nothing(make_bank, monkeypatch):

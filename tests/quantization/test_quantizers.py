@@ -217,6 +217,20 @@ def test_yaqa_without_curvature_is_gptq(format):
     assert torch.equal(*values)
 
 
+@pytest.mark.parametrize("format", [*SCALAR, "trellis3"])
+@pytest.mark.parametrize("quantizer", ["gptq", "yaqa"])
+def test_values_find_their_codes_on_the_grid_alone(format, quantizer):
+    """Exports read a bank's values: nothing has to be fed back a second time."""
+    weight, known = data(columns=256)
+    moment = known.second_moment.clone()
+    moment[:5] += 0.01 * moment[5:10]  # another sum than the plain one
+    known = replace(known, input_curvature=(moment + moment.T) / 2)
+    made = QUANTIZERS[quantizer].quantize(weight, FORMATS[format], known)
+    grid = QUANTIZERS[quantizer].grid(weight, FORMATS[format], known)
+    codes = FORMATS[format].encode(made.dequantize(), grid)
+    assert torch.equal(FORMATS[format].decode(codes, grid), made.dequantize())
+
+
 def test_yaqa_with_outputs_that_do_not_curve_together_is_gptq():
     weight, known = curved()
     flat = torch.eye(BLOCK)[None]

@@ -2,15 +2,18 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bitfront.sizes import show_bytes, show_seconds
+from bitfront.sizes import show_bytes, show_joules, show_seconds
 
 errors = Console(stderr=True, soft_wrap=True)
+
+SECONDS = {"decode_s": "a token", "prefill_s": "prompt"}
+JOULES = {"decode_j": "energy a token", "prefill_j": "of a prompt"}
 
 
 def print_json(document: Any) -> None:
@@ -35,15 +38,16 @@ def front_table(front: Mapping[str, Any]) -> Table:
         title_justify="left",
     )
     points = front["points"]
-    timed = any(p["times"] for p in points)
+    spent = [[k for k in keys if any(p.get(k) for p in points)] for keys in (SECONDS, JOULES)]
     size = "with KV cache" if any("cache_bytes" in p for p in points) else "size"
     for name in ("point", "bits", size, "KL, nats/token (95 %)", "perplexity", "predicted"):
         table.add_column(name, justify="right")
-    for name in ("a token", "prompt") if timed else ():
-        table.add_column(name, justify="right")
+    for key in (key for keys in spent for key in keys):
+        table.add_column({**SECONDS, **JOULES}[key], justify="right")
     table.add_column("what")
     for p in points:
-        seconds = [p["decode_s"], p["prefill_s"]] if timed else []
+        costs = [_spent(p[k], p["times"], show_seconds) for k in spent[0]]
+        costs += [_spent(p[k], p["energy"], show_joules) for k in spent[1]]
         table.add_row(
             str(p["id"]),
             f"{p['average_bits']:.3f}",
@@ -51,11 +55,18 @@ def front_table(front: Mapping[str, Any]) -> Table:
             f"{p['kl']:.4f} ({p['kl_low']:.4f} to {p['kl_high']:.4f})",
             f"{p['perplexity']:.2f}",
             "" if p["predicted_kl"] is None else f"{p['predicted_kl']:.4f}",
-            *("" if took is None else show_seconds(took) for took in seconds),
+            *costs,
             ("front  " if p["on_front"] else "       ") + p["origin"].split(",")[0],
             style=None if p["on_front"] else "dim",
         )
     return table
+
+
+def _spent(value: float | None, how: str | None, show: Callable[[float], str]) -> str:
+    """Seconds or joules of a point; those that nobody measured with a mark."""
+    if value is None:
+        return ""
+    return show(value) if how == "measured" else f"~{show(value)}"
 
 
 def show_front(front: Mapping[str, Any]) -> None:
@@ -73,6 +84,9 @@ def _caption(front: Mapping[str, Any]) -> str:
     floor = front["noise_floor"]
     if floor is not None:
         lines.append(f"Noise floor of {front['dtype']} arithmetic: {floor:.2g} nats per token.")
+    kinds = {p[k] for p in front["points"] for k in ("times", "energy") if p.get(k)}
+    if "predicted" in kinds:
+        lines.append("~: predicted, not measured.")
     if front.get("transform"):  # a server of an older version says nothing of it
         lines.append(f"Channels rescaled by {front['transform']}.")
     return " ".join(lines)

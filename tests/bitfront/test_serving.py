@@ -12,6 +12,7 @@ from bitfront import latency
 from bitfront.answering import NothingFitsError
 from bitfront.budgets import working_bytes
 from bitfront.config import ConfigError, ServingConfig
+from bitfront.console import front_table
 from bitfront.documents import front_document
 from bitfront.exporting import export_point
 from bitfront.fronts import Constraints, best_point, load_front
@@ -229,6 +230,9 @@ def test_limits_on_energy_hold_where_a_counter_watches(folder, tmp_path, monkeyp
         assert spent == pytest.approx(5 * latency.seconds(front.job, point.map_hash, "decode"))
     assert any("drew 10 W in prefill, 5 W in decode" in line for line in front.findings)
     assert all(p["decode_j"] <= limit * 1.001 for p in front_document(front)["points"])
+    columns = {str(c.header): list(c.cells) for c in front_table(front_document(front)).columns}
+    assert list(columns)[-5:] == ["a token", "prompt", "energy a token", "of a prompt", "what"]
+    assert all(cell.endswith("J") and "~" not in cell for cell in columns["energy a token"])
     again = Service(store).solve(job, (), [plan.budgets[-1]])["solutions"][0]
     assert again["weight_bytes"] < plan.budgets[-1]  # the job's own limit holds
     assert again["decode_j"] <= limit * 1.001

@@ -40,6 +40,7 @@ BITS = (3.25, 3.5, 3.75, 4.25, 4.75, 5.25)
 ESTIMATING, JUDGING = 0.05, 0.05  # of the time
 JUDGES, EARLIER = 8, 4  # chunks, and how many maps before the last one
 CHUNKS, FEWEST, LENGTH = 80, 8, 512
+CALIBRATION = 32
 MARGIN_S = 5.0
 
 
@@ -211,10 +212,17 @@ def main() -> None:
     parser.add_argument("--bits", default=",".join(map(str, BITS)))
     parser.add_argument("--chunks", type=int, default=CHUNKS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quantizer", default="rtn", help="others calibrate on the same text")
+    parser.add_argument("--estimator", default=ESTIMATOR)
     given = parser.parse_args()
     bits = tuple(sorted({float(b) for b in given.bits.split(",")}))
     given.out.mkdir(parents=True, exist_ok=True)
-    plan = plan_for(given.model, given.text, bits, given.chunks)
+    learned = {"source": given.text, "chunks": CALIBRATION, "length": LENGTH}
+    plan = plan_for(
+        given.model, given.text, bits, given.chunks,
+        quantizer=given.quantizer, estimators=[given.estimator],
+        **{} if given.quantizer == "rtn" else {"texts.calibration": learned},
+    )  # fmt: skip
     searcher = Searcher(plan, given.minutes, given.seed)
     for name in ("start", "bitfront"):  # whatever happens next, there are maps
         write(given.out, plan, searcher.first, name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from track_a import LENGTH, Searcher, plan_for
+from track_a import CALIBRATION, LENGTH, Searcher, plan_for
 
 from bitfront.allocators import GIVEN, Contest, Entry, compare
 from bitfront.console import errors
@@ -36,7 +36,6 @@ ESTIMATOR = (
 BITS = (3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75, 5.0)
 OURS = "yaqa"
 RIVALS = ("gptq",)  # weighted rounding loses more everywhere (quantizers.json)
-CALIBRATION = 32
 
 
 def main() -> None:

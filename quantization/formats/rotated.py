@@ -95,27 +95,32 @@ class Rotated(Format):
 
 def turn(x: Tensor) -> Tensor:
     """X R along the last dimension."""
-    signs, hadamard = _rotation(x.shape[-1])
-    blocks = (x * signs.to(x)).unflatten(-1, (-1, len(hadamard)))
-    return (blocks @ hadamard.to(x)).flatten(-2)
+    return _hadamard(x * _signs(x.shape[-1]).to(x))
 
 
 def turn_back(x: Tensor) -> Tensor:
     """X R^T along the last dimension."""
-    signs, hadamard = _rotation(x.shape[-1])
-    blocks = x.unflatten(-1, (-1, len(hadamard)))
-    return (blocks @ hadamard.to(x)).flatten(-2) * signs.to(x)
+    return _hadamard(x) * _signs(x.shape[-1]).to(x)
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """Each block of the last dimension by the Hadamard matrix, which is its own inverse.
+
+    In butterflies: a product's sums would depend on the number of threads.
+    """
+    size = x.shape[-1]
+    block, span = min(LARGEST, size & -size), 1
+    while span < block:
+        pairs = x.unflatten(-1, (size // (2 * span), 2, span))
+        first, second = pairs.unbind(-2)
+        x = torch.stack((first + second, first - second), -2).flatten(-3)
+        span *= 2
+    return x * block**-0.5
 
 
 @cache
-def _rotation(size: int) -> tuple[Tensor, Tensor]:
-    """Signs (size) and the Hadamard matrix of a block, which is symmetric and its own inverse."""
+def _signs(size: int) -> Tensor:
     digest = hashlib.shake_256(f"rotation of {size}".encode()).digest(-(-size // 8))
     octets = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8)).flatten()[:size] & 1
-    block = min(LARGEST, size & -size)
-    hadamard = torch.ones(1, 1)
-    while len(hadamard) < block:
-        above = torch.cat([hadamard, hadamard], 1)
-        hadamard = torch.cat([above, torch.cat([hadamard, -hadamard], 1)])
-    return 1.0 - 2.0 * bits.float(), hadamard / block**0.5
+    return 1.0 - 2.0 * bits.float()

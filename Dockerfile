@@ -1,12 +1,12 @@
 # One image for server, drivers and workers. It is made for CPUs; for NVIDIA GPUs, with what Triton
 # compiles its launchers with:
-#   docker build --build-arg TORCH_INDEX= --build-arg EXTRAS=export,llama,triton,power \
+#   docker build --build-arg TORCH_INDEX= --build-arg EXTRAS=export,llama,triton,trellis,power \
 #     --build-arg SYSTEM="libgomp1 wget gcc libc6-dev" --tag bitfront:gpu .
 FROM python:3.11-slim
 
 # where PyTorch comes from, beside PyPI, whose own wheels bring CUDA
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=export,llama
+ARG EXTRAS=export,llama,trellis
 # libgomp1 for llama.cpp's quantizers, wget for the probes that older KubeRay operators inject
 ARG SYSTEM="libgomp1 wget"
 

@@ -1,7 +1,8 @@
 """Track A: maps for any model folder, one for each number of bits, from one search of some minutes.
 
-Symmetric integers of 2, 3, 4, 6 and 8 bits in groups of 64, round to nearest; embedding and head
-untouched; q, k and v share a scheme, gate and up do. Everything is learned from one text. Writes
+Symmetric integers of 2, 3, 4, 6 and 8 bits in groups of 64, round to nearest (or another quantizer,
+whose calibration and bank are part of the time); embedding and head untouched; q, k and v share a
+scheme, gate and up do. Everything is learned from one text. Writes
 `bitfront-BITS.json` (linear name -> bits) and `log.json`, what the search did and cost.
 
     python benchmarks/track_a.py --model DIR --text SEARCH_TEXT --minutes 30 --out DIR
@@ -213,7 +214,9 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=CHUNKS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quantizer", default="rtn", help="others calibrate on the same text")
-    parser.add_argument("--estimator", default=ESTIMATOR)
+    parser.add_argument(
+        "--estimator", default=ESTIMATOR, help="row-fisher where errors are fed back"
+    )
     given = parser.parse_args()
     bits = tuple(sorted({float(b) for b in given.bits.split(",")}))
     given.out.mkdir(parents=True, exist_ok=True)

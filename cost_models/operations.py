@@ -22,10 +22,10 @@ from cost_models.memory import (
 from quantization.schemes import FULL_PRECISION, Scheme
 from quantization.units import Layout, Site, Unit, cache_slot
 
-UNPACK_OPS = {"gguf": 6.0, "table": 8.0, "mixture": 8.0, "dialect": 12.0}
+UNPACK_OPS = {"gguf": 6.0, "table": 8.0, "mixture": 8.0, "trellis": 10.0, "dialect": 12.0}
 """Lane instructions to turn one stored weight into a 16-bit number, by format family. Counted, not
 measured: shift, mask, convert and multiply-add are the 4 of `UNPACK_OPS_PLAIN`; K-quants unpack
-their scales too, tables and mixtures look up or gather."""
+their scales too, tables and mixtures look up or gather; a trellis puts its state together from two words first."""
 UNPACK_OPS_PLAIN = 4.0
 REPACK_OPS = 2.0
 """The same, where products are computed on the stored integers and only their scales are applied."""

@@ -18,10 +18,11 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantization.bank_files import codes_path, is_joint, read_entry
 from quantization.cache import cache_dir, write_whole
 from quantization.checkpoints import Checkpoint
 from quantization.errors import BankError, QuantizationError
@@ -131,7 +132,7 @@ class Bank:
         A pass over all schemes would otherwise hold the whole bank in memory.
         """
         path = self._path(unit, scheme)
-        tensors = self._maps[path] if path in self._maps else _map(path, self.dtype)
+        tensors = self._maps[path] if path in self._maps else read_entry(path, self.dtype)
         tensor = tensors[parameter]
         return tensor.dequantize() if isinstance(tensor, PackedWeight) else tensor
 
@@ -200,14 +201,18 @@ class Bank:
             weight = weight.mT if site.transposed else weight
             yield QUANTIZERS["rtn"].quantize(weight, FORMATS[FULL_PRECISION], NOTHING_KNOWN)
             return
+        codes = codes_path(self._path(unit, scheme))
+        if codes.exists():
+            kept = read_entry(codes, self.dtype)[site.parameter]
+            assert isinstance(kept, PackedWeight)
+            own_format = FORMATS[kept.packed.format]
+            yield Quantized(own_format, *own_format.unpack(kept.packed))
         weights = {site.parameter: self._weights[site.parameter]}
         rows = (values.mT if site.transposed else values).float().contiguous()
         known: dict[tuple[str, frozenset[Statistic]], SiteStatistics] = {}
-        own, format = (
-            self._weights_and_statistics(weights, [site], scheme, known),
-            FORMATS[scheme.weight],
-        )
-        grid = self.quantizer.grid(own[0][0], format, own[1][0])
+        format = FORMATS[scheme.weight]
+        (weight,), (own,) = self._weights_and_statistics(weights, [site], scheme, known)
+        grid = self.quantizer.grid(weight, format, own)
         if grid is not None and isinstance(format, (ScalarFormat, Rotated)):
             yield Quantized(format, format.encode(rows, grid), grid)
         (found,) = self._quantized(weights, [site], scheme, known)
@@ -260,6 +265,8 @@ class Bank:
         if self._is_packed(unit, scheme):
             self._write_packed(path, named, transposed)
         else:
+            if any(isinstance(q, Quantized) and is_joint(q.format) for q in quantized):
+                self._write_packed(codes_path(path), named, transposed)
             values = {name: self._values(q, transposed[name]) for name, q in named.items()}
             self._write(path, values)
 
@@ -341,7 +348,7 @@ class Bank:
 
     def _read(self, path: Path) -> Tensors:
         if path not in self._maps:
-            self._maps[path] = _map(path, self.dtype)
+            self._maps[path] = read_entry(path, self.dtype)
         return self._maps[path]
 
 
@@ -360,25 +367,6 @@ def _alike(layout: Layout, choices: Choices) -> Iterator[tuple[list[Unit], Seque
         together = max(1, TOGETHER_BYTES // nbytes)
         for start in range(0, len(units), together):
             yield units[start : start + together], schemes_of[units[0].name]
-
-
-def _map(path: Path, dtype: torch.dtype) -> Tensors:
-    """A file's parameters; packed ones as tensors that dequantize when they are looked at."""
-    try:
-        # they are kept, also for passes that differentiate after a measurement has read them
-        with torch.inference_mode(mode=False), safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            described = json.loads((file.metadata() or {}).get("packed", "{}"))
-    except Exception as error:  # safetensors raises its own type for damaged files
-        raise BankError(
-            f"can't read '{path}' ({error}); remove it and run the same command again"
-        ) from error
-    for parameter, (name, shape, transposed) in described.items():
-        mark = f"{parameter}|"
-        own = {n.removeprefix(mark): tensors.pop(n) for n in list(tensors) if n.startswith(mark)}
-        packed = Packed(name, tuple(shape), own)
-        tensors[parameter] = PackedWeight(packed, dtype, transposed)
-    return tensors
 
 
 def _members(unit: Unit) -> str:

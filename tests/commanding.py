@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+LONGEST_S = 600
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -30,7 +31,8 @@ def run_command(arguments: Sequence[str]) -> subprocess.CompletedProcess:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
         process = FORKS.Process(target=_main, args=(list(arguments), streams, dict(os.environ)))
         process.start()
-        process.join()
+        process.join(LONGEST_S)
+        assert process.exitcode is not None, f"{arguments} took more than {LONGEST_S} s"
         found = [stream.read_text(encoding="utf-8") for stream in streams]
     return subprocess.CompletedProcess(arguments, process.exitcode, *found)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantization.formats.base import Format, Grid, Packed, ScalarFormat
-from quantization.statistics import NOTHING_KNOWN, SiteStatistics
+from quantization.statistics import NOTHING_KNOWN, SiteStatistics, Statistic
 
 LARGEST, SMALLEST = 128, 16  # of the blocks: powers of two; EXL3's are 128
 
@@ -37,6 +37,11 @@ class Rotated(Format):
     def family(self) -> str:  # type: ignore[override]
         """That of the inner format."""
         return self.inner.family
+
+    @property
+    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+        """That of the inner format."""
+        return self.inner.needs
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Rows and columns have to divide into blocks."""
@@ -74,7 +79,8 @@ class Rotated(Format):
         self, weight: Tensor, statistics: SiteStatistics = NOTHING_KNOWN
     ) -> tuple[Tensor, Grid]:
         """The inner format's, in the turned basis."""
-        return self.inner.nearest(self.turned(weight), self.turned_statistics(statistics))
+        known = self.turned_statistics(statistics) if self.needs else NOTHING_KNOWN
+        return self.inner.nearest(self.turned(weight), known)
 
     def encode(self, weight: Tensor, grid: Grid) -> Tensor:
         """Codes of a weight in its own basis, on a grid that was fitted before."""
@@ -106,20 +112,30 @@ def turn_back(x: Tensor) -> Tensor:
 def _hadamard(x: Tensor) -> Tensor:
     """Each block of the last dimension by the Hadamard matrix, which is its own inverse.
 
-    In butterflies: a product's sums would depend on the number of threads.
+    In butterflies, whose sums are the same on all machines; a library's product may order them otherwise.
     """
     size = x.shape[-1]
     block, span = min(LARGEST, size & -size), 1
+    old, new = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     while span < block:
-        pairs = x.unflatten(-1, (size // (2 * span), 2, span))
-        first, second = pairs.unbind(-2)
-        x = torch.stack((first + second, first - second), -2).flatten(-3)
+        (a, b), (left, right) = (
+            t.unflatten(-1, (size // (2 * span), 2, span)).unbind(-2) for t in (old, new)
+        )
+        torch.add(a, b, out=left)
+        torch.sub(a, b, out=right)
+        old, new = new, torch.empty_like(new) if old is x else old
         span *= 2
-    return x * block**-0.5
+    return old * block**-0.5
 
 
 @cache
 def _signs(size: int) -> Tensor:
+    """Of each place, on the CPU."""
+    with torch.inference_mode(mode=False):  # they are kept, whoever asks first
+        return _drawn_signs(size)
+
+
+def _drawn_signs(size: int) -> Tensor:
     digest = hashlib.shake_256(f"rotation of {size}".encode()).digest(-(-size // 8))
     octets = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8)).flatten()[:size] & 1

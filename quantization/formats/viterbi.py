@@ -11,7 +11,8 @@ Legend: S sequences, T steps, N = 2^(L-k) memories, B = 2^k symbols, J = N / B. 
 comes from memory h * J + m // B, by symbol m % B, and leaves memory m behind.
 """
 
-from importlib.util import find_spec
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,22 +31,30 @@ def nearest_ring(wanted_ST: Tensor, weights_ST: Tensor, table: Tensor, bits: int
         table: the values of all 2^L states, float32.
         bits: k, at most L / 2; T must be long enough for L bits.
     """
-    if wanted_ST.device.type == "cpu" and find_spec("numba"):
-        from quantization.formats import viterbi_cpu
-
-        return viterbi_cpu.nearest_ring(wanted_ST, weights_ST, table, bits)
+    if wanted_ST.device.type == "cpu" and (compiled := _compiled()):
+        return compiled(wanted_ST, weights_ST, table, bits)
     memories = len(table) >> bits
     together = max(1, STEP // (memories * wanted_ST.shape[1]))
     pairs = zip(wanted_ST.split(together), weights_ST.split(together), strict=True)
     return torch.cat([_ring(x.T, w.T, table, bits) for x, w in pairs])
 
 
-def states(symbols_TS: Tensor, bits: int, state_bits: int) -> Tensor:
-    """The state (int64) after each step of rings that run along the first dimension."""
-    symbols = symbols_TS.long()
-    found = torch.zeros_like(symbols)
-    for back in range(-(-state_bits // bits)):
-        found |= symbols.roll(back, 0) << (bits * back)
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
+    """The search that numba compiles, some fifteen times as fast, where it can be had."""
+    try:
+        from quantization.formats import viterbi_cpu
+    except ImportError:
+        return None
+    return viterbi_cpu.nearest_ring
+
+
+def states(symbols: Tensor, bits: int, state_bits: int) -> Tensor:
+    """The state (int32) after each step of rings that run along the last dimension."""
+    symbols = symbols.int()
+    found = symbols.clone()
+    for back in range(1, -(-state_bits // bits)):
+        found |= symbols.roll(back, -1) << (bits * back)
     return found & (2**state_bits - 1)
 
 
@@ -55,7 +64,7 @@ def _ring(wanted_TS: Tensor, weights_TS: Tensor, table: Tensor, bits: int) -> Te
     turned = wanted_TS.roll(-half, 0), weights_TS.roll(-half, 0)
     free = _backward(*turned, table, bits, _forward(*turned, table, bits, None), None)
     memory_bits = (len(table) >> bits).bit_length() - 1
-    seam = states(free.T, bits, memory_bits)[steps - half - 1]
+    seam = states(free, bits, memory_bits)[:, steps - half - 1].long()
     held = wanted_TS, weights_TS, table, bits
     return _backward(*held, _forward(*held, seam), seam)
 

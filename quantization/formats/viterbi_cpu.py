@@ -46,7 +46,7 @@ def nearest_ring(wanted_ST: Tensor, weights_ST: Tensor, table: Tensor, bits: int
     return torch.from_numpy(np.ascontiguousarray(laid_out))
 
 
-def _compiled(function: Any) -> Any:
+def _jit(function: Any) -> Any:
     """Compiled when it is first called, without Python's lock."""
     return numba.njit(nogil=True, fastmath={"reassoc", "nsz", "contract"}, error_model="numpy")(
         function
@@ -56,7 +56,7 @@ def _compiled(function: Any) -> Any:
 config.SLP_VECTORIZE = 1  # numba leaves it off, and scalar lanes are a fifth as fast
 
 
-@_compiled
+@_jit
 def _forward(x: Floats, w: Floats, table: Floats, bits: int, costs: Floats) -> None:
     """Fill `costs` ((T + 1) x N x lanes), whose first row is given."""
     symbols = 1 << bits
@@ -85,7 +85,7 @@ def _forward(x: Floats, w: Floats, table: Floats, bits: int, costs: Floats) -> N
             new[m, 4], new[m, 5], new[m, 6], new[m, 7] = a4, a5, a6, a7
 
 
-@_compiled
+@_jit
 def _backward(
     x: Floats,
     w: Floats,
@@ -111,7 +111,7 @@ def _backward(
             m = chosen * shorter + (m >> bits)
 
 
-@_compiled
+@_jit
 def _ring(
     x: Floats, w: Floats, table: Floats, bits: int, costs: Floats, symbols: NDArray[np.uint8]
 ) -> None:

@@ -62,6 +62,14 @@ class YAQA(GPTQ):
         """See `Quantizer.grid`."""
         return super().grid(weight, format, _guided(statistics))
 
+    def quantize_alike(
+        self, weights: Sequence[Tensor], format: Format, statistics: Sequence[SiteStatistics]
+    ) -> list[Quantized]:
+        """See `Quantizer.quantize_alike`; H is turned for rotated formats, and not what it is made of."""
+        if isinstance(format, Rotated):
+            statistics = [_guided(known) for known in statistics]
+        return super().quantize_alike(weights, format, statistics)
+
     def _quantize_stack(
         self, weights: Sequence[Tensor], format: ScalarFormat, statistics: Sequence[SiteStatistics]
     ) -> list[Quantized]:

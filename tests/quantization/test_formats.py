@@ -21,6 +21,7 @@ shapes = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 150)),
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 70)),
     st.tuples(st.integers(1, 3), st.sampled_from([32, 64, 256, 768])),
+    st.sampled_from([(64, 48), (2, 64, 32)]),
 )
 
 

@@ -4,16 +4,22 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantization.adapter import describe
+from quantization.bank import Bank
+from quantization.checkpoints import resolve
 from quantization.errors import QuantizationError
-from quantization.formats import FORMATS
+from quantization.formats import FORMATS, viterbi, viterbi_cpu
 from quantization.formats.rotated import turn, turn_back
 from quantization.formats.trellis import RING, values
 from quantization.formats.viterbi import _ring, nearest_ring, states
 from quantization.quantizers import QUANTIZERS
+from quantization.schemes import Scheme
 from quantization.statistics import SiteStatistics
+from tests.conftest import choices_of
 
 # Max (1960), table I: least squared error of a scalar quantizer of 2^b levels for a Gaussian of one
 LLOYD_MAX = {2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 0.0006442}
@@ -25,7 +31,7 @@ def gaussian(*shape, seed=0):
 
 def cost(wanted, weights, table, bits, symbols):
     state_bits = (len(table) - 1).bit_length()
-    found = table[states(symbols.T, bits, state_bits)].T
+    found = table[states(symbols, bits, state_bits)]
     return (weights * (wanted - found).square()).sum(-1)
 
 
@@ -35,7 +41,7 @@ def test_the_compiled_search_is_as_near_as_the_reference(bits, sequences, steps,
     wanted = gaussian(sequences, 8 * steps, seed=seed)
     weights = gaussian(sequences, 8 * steps, seed=seed + 1).square() + 0.1
     table = values(bits)
-    compiled = nearest_ring(wanted, weights, table, bits)
+    compiled = viterbi_cpu.nearest_ring(wanted, weights, table, bits)
     reference = _ring(wanted.T, weights.T, table, bits)
     near, far = (cost(wanted, weights, table, bits, s) for s in (compiled, reference))
     # sums of float32 may tip the balance between the seams of two rings, seldom
@@ -44,7 +50,7 @@ def test_the_compiled_search_is_as_near_as_the_reference(bits, sequences, steps,
 
 
 @pytest.mark.parametrize("search", ["compiled", "reference"])
-def test_rings_are_as_near_as_the_nearest_of_all(search):
+def test_rings_are_as_near_as_the_nearest_of_all(search, monkeypatch):
     """Against every ring of 6 steps over 16 states: never nearer, and on the whole as near."""
     table, wanted, weights = gaussian(16, seed=1), gaussian(64, 6), gaussian(64, 6).exp()
     every = torch.tensor(list(product(range(4), repeat=6)), dtype=torch.uint8)
@@ -52,10 +58,10 @@ def test_rings_are_as_near_as_the_nearest_of_all(search):
         cost(x.expand(len(every), -1), w, table, 2, every).min()
         for x, w in zip(wanted, weights, strict=True)
     ])  # fmt: skip
-    if search == "compiled":
-        found = nearest_ring(wanted, weights, table, 2)
-    else:
-        found = _ring(wanted.T, weights.T, table, 2)
+    if search == "reference":
+        monkeypatch.setattr(viterbi, "_compiled", lambda: None)
+        monkeypatch.setattr(viterbi, "STEP", 6 * 4 * 10)  # ten rings at a time
+    found = nearest_ring(wanted, weights, table, 2)
     got = cost(wanted, weights, table, 2, found)
     assert (got >= best * (1 - 1e-5)).all()
     assert torch.isclose(got, best, rtol=1e-4).float().mean() > 0.7
@@ -63,12 +69,12 @@ def test_rings_are_as_near_as_the_nearest_of_all(search):
 
 
 @pytest.mark.parametrize("bits", LLOYD_MAX)
-def test_a_gaussian_loses_half_of_what_the_best_scalar_quantizer_loses(bits):
+def test_a_gaussian_loses_little_more_than_half_of_what_the_best_scalar_quantizer_loses(bits):
     """And no less than Shannon's bound, D = 2^-2R."""
     weight = gaussian(RING * 8, 64)
     format = FORMATS[f"trellis{bits}"]
     error = (QUANTIZERS["rtn"].quantize(weight, format).dequantize() - weight).square().mean()
-    assert 2.0 ** (-2 * bits) < error < (0.66 if bits == 2 else 0.57) * LLOYD_MAX[bits]
+    assert 2.0 ** (-2 * bits) < error < (0.64 if bits == 2 else 0.56) * LLOYD_MAX[bits]
 
 
 def test_outliers_are_spread():
@@ -137,12 +143,52 @@ def test_stacked_experts_are_quantized_each():
     assert whole.pack().nbytes == FORMATS["trellis4"].nbytes((2, 64, 32)) == 2 * 64 * (16 + 2)
 
 
-def test_values_of_a_ring_are_their_own_nearest():
-    """What was measured is encoded again for an export: nothing may change."""
-    format = FORMATS["trellis5"]
+@pytest.mark.parametrize("bits", LLOYD_MAX)
+@pytest.mark.parametrize("shape", [(192, 576), (2, 64, 48)])
+def test_bytes_are_as_predicted_and_give_the_values_back(bits, shape):
+    format = FORMATS[f"trellis{bits}"]
+    quantized = QUANTIZERS["rtn"].quantize(gaussian(*shape) ** 3, format)
+    packed = quantized.pack()
+    assert packed.nbytes == format.nbytes(shape)
+    assert torch.equal(format.decode(*format.unpack(packed)), quantized.dequantize())
+
+
+def test_large_weights_are_taken_in_parts(monkeypatch):
+    whole = FORMATS["trellis3"].nearest(gaussian(2, 64, 96))
+    monkeypatch.setattr("quantization.formats.trellis.PART", 2 * 64 * 7)
+    parts = FORMATS["trellis3"].nearest(gaussian(2, 64, 96))
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(FORMATS["trellis3"].decode(*whole), FORMATS["trellis3"].decode(*parts))
+
+
+@pytest.mark.parametrize("bits", LLOYD_MAX)
+def test_exact_values_find_their_codes_again(bits):
+    """In float32; 16 bits can blur two states into one, and banks keep the codes beside such values."""
+    format = FORMATS[f"trellis{bits}"]
     quantized = QUANTIZERS["rtn"].quantize(gaussian(128, 64), format)
-    rounded = quantized.dequantize().bfloat16().float()
-    assert torch.equal(format.encode(rounded, quantized.grid), quantized.codes)
+    assert torch.equal(format.encode(quantized.dequantize(), quantized.grid), quantized.codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_banks_keep_the_codes_that_were_measured(tmp_path, dtype, monkeypatch):
+    """Packed bytes of an export: no second rounding, which 16-bit values wouldn't survive."""
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=1, vocab_size=64,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    checkpoint = resolve(str(tmp_path / "model"))
+    layout, scheme = describe(checkpoint), Scheme("trellis6")
+    bank = Bank(checkpoint, layout, QUANTIZERS["gptq"], dtype, tmp_path / "bank")
+    bank.build(choices_of(layout, [scheme]))
+    monkeypatch.setattr("quantization.quantizers.gptq.GPTQ.quantize_alike", None)
+    monkeypatch.setattr("quantization.quantizers.gptq.GPTQ.grid", None)
+    for unit in (u for u in layout.units if u.layer is not None):
+        for parameter, measured in bank.tensors(unit, scheme).items():
+            packed = bank.packed_parameters(unit, scheme, parameter)
+            values = FORMATS["trellis6"].decode(*FORMATS["trellis6"].unpack(packed))
+            assert torch.equal(values.to(dtype), measured)
 
 
 def test_threads_change_nothing():

@@ -22,7 +22,7 @@ from tests.bitfront.served import Served, tiny_job, wait_for
 from tests.bitfront.test_pipeline import small_config
 from workers.pool import InProcessPool
 
-LONG = 80
+LONG = 120
 """Chunks of search text: some thousand measurements, which a test can interrupt."""
 
 

@@ -30,9 +30,8 @@ from store.database import Store
 from workers.session import Session
 
 MENU = "trellis2,trellis3,trellis4,trellis5,trellis6"
-ESTIMATOR = (
-    "row-fisher"  # feedback correlates a row's errors: what takes them for independent misleads
-)
+# feedback correlates a row's errors: what takes them for independent misleads
+ESTIMATOR = "row-fisher"
 BITS = (3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75, 5.0)
 OURS = "yaqa"
 # uniform int4-g64 and int3-g64: 0.163 and 0.623 under GPTQ, 0.252 and 0.888 under weighted rounding

@@ -326,9 +326,13 @@ class Bank:
             raise OSError(f"it needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free")
 
     def _entry_bytes(self, unit: Unit, scheme: Scheme | str) -> int:
-        if isinstance(scheme, Scheme) and self._is_packed(unit, scheme):
-            return sum(FORMATS[scheme.weight].nbytes(site.shape) for site in unit.stored)
-        return unit.numel * self.dtype.itemsize
+        values = unit.numel * self.dtype.itemsize
+        if isinstance(scheme, str) or not (
+            self._is_packed(unit, scheme) or is_joint(FORMATS[scheme.weight])
+        ):
+            return values
+        codes = sum(FORMATS[scheme.weight].nbytes(site.shape) for site in unit.stored)
+        return codes if self._is_packed(unit, scheme) else values + codes
 
     def _write_packed(
         self, path: Path, quantized: Mapping[str, Tensor | Quantized], transposed: dict[str, bool]

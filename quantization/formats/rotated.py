@@ -131,12 +131,8 @@ def _hadamard(x: Tensor) -> Tensor:
 @cache
 def _signs(size: int) -> Tensor:
     """Of each place, on the CPU."""
-    with torch.inference_mode(mode=False):  # they are kept, whoever asks first
-        return _drawn_signs(size)
-
-
-def _drawn_signs(size: int) -> Tensor:
     digest = hashlib.shake_256(f"rotation of {size}".encode()).digest(-(-size // 8))
-    octets = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-    bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8)).flatten()[:size] & 1
-    return 1.0 - 2.0 * bits.float()
+    with torch.inference_mode(mode=False):  # they are kept, whoever asks first
+        octets = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        bits = (octets[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")).flatten()
+        return 1.0 - 2.0 * (bits[:size] & 1).float()

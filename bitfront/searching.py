@@ -135,6 +135,11 @@ def _summary(plan: Plan) -> str:
     )
     if plan.folding:
         text += f"; channels rescaled by {plan.folding.identity}"
+    for source, count in {t.source: t.left_out for t in plan.texts.values() if t.left_out}.items():
+        text += (
+            f"\n  {count:,} <unk> of '{source}' were left out: they stand for words that its corpus "
+            "has lost"
+        )
     for layer in plan.layout.kept[:5]:
         text += f"\n  kept: {layer.name} ({layer.reason})"
     if len(plan.layout.kept) > 5:

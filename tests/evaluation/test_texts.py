@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from evaluation.texts import DEFAULT_SOURCE, TextRequest, make_texts, read_source
+from evaluation.texts import (
+    DEFAULT_SOURCE,
+    TextRequest,
+    make_texts,
+    read_source,
+    without_placeholders,
+)
 from quantization.errors import TextError
 from tests.conftest import make_tokenizer
 
@@ -65,6 +71,24 @@ def test_too_short_a_text_says_how_much_is_missing(tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(TextError, match=r"is too short: \d+ tokens where 4 x 32 for search need"):
         make_texts(TOKENIZER, requests(str(tmp_path / "short.txt"), search=4))
+
+
+def test_placeholders_of_a_corpus_are_left_out_and_those_that_are_written_about_are_not(tmp_path):
+    corpus = "the lobster is a large <unk> , and its <unk> are eaten .\n" * 50
+    assert without_placeholders(corpus) == (
+        "the lobster is a large , and its are eaten .\n" * 50,
+        100,
+    )
+    about = (
+        "tokenizers of old had one token, <unk>, for all that they didn't know; " + "word " * 2000
+    )
+    assert without_placeholders(about) == (about, 0)
+    path = tmp_path / "corpus.txt"
+    path.write_text(corpus)
+    texts = make_texts(TOKENIZER, requests(str(path), calibration=4, search=4))
+    for text in texts.values():
+        assert text.left_out == 100
+        assert all("<unk>" not in TOKENIZER.decode(chunk) for chunk in text.ids)
 
 
 def test_an_unreadable_text_is_one_line(tmp_path):

@@ -22,6 +22,7 @@ from bitfront.console import errors, print_json, print_table
 from bitfront.measuring import measure
 from bitfront.pipeline import spec_of
 from bitfront.plan import Plan, make_plan
+from bitfront.preparing import prepare
 from bitfront.progress import Lines, Progress, RichProgress
 from bitfront.proposals import candidate_of
 from bitfront.run import Run
@@ -38,7 +39,6 @@ from search.statistics import Interval, mean_interval, paired_difference
 from store.database import Store
 from store.queries import measurements
 from store.tables import Job
-from workers.pool import Task
 
 SCALE_BITS = 16
 CALIBRATION = 32  # chunks, where something learns from them
@@ -119,9 +119,7 @@ def compare(contest: Contest, store: Store, address: str, progress: Progress) ->
     spec = spec_of(plan, os.environ.get("BITFRONT_CACHE"))
     candidates = {plan.map_hash(c): candidate_of(plan, 0, c, kind) for _, _, kind, c in competitors}
     with open_pool(spec, address, None) as pool:
-        for outcome in pool.run([Task("prepare")]):
-            if outcome.error:
-                raise outcome.error
+        prepare(pool, progress)
         job = Job(key=plan.key, weights_hash=plan.checkpoint.weights_hash, config={}, facts={})
         bench = Run(plan, store, pool, progress, job)
         measure(bench, list(candidates.values()), text, "measuring maps")

@@ -20,6 +20,7 @@ from bitfront.fronts import GIVEN, Front, load_front
 from bitfront.measuring import measure, measure_reference, sharing
 from bitfront.pipeline import HELDOUT, SEARCH, open_planned, spec_of
 from bitfront.plan import Plan, admitting, make_plan, plan_again
+from bitfront.preparing import prepare
 from bitfront.progress import Lines, Progress, RichProgress
 from bitfront.proposals import candidate_of
 from bitfront.run import Run
@@ -40,7 +41,6 @@ from store.queries import (
     update_job,
 )
 from store.tables import Candidate, Job, now
-from workers.pool import Task
 
 
 def apply(
@@ -185,9 +185,7 @@ def _measured(given: _Given, store: Store, address: str, progress: Progress) -> 
     spec = spec_of(given.plan, os.environ.get("BITFRONT_CACHE"))
     opener = partial(open_pool, address=address, workers=None)
     with sharing(opener, spec, store, given.job.id) as pool:
-        for outcome in pool.run([Task("prepare")]):
-            if outcome.error:
-                raise outcome.error
+        prepare(pool, progress)
         run = Run(base, store, pool, progress, given.job)
         measure_reference(run)
         for text, label in ((base.texts["search"], SEARCH), (base.texts["heldout"], HELDOUT)):

@@ -16,8 +16,9 @@ from bitfront.config import ConfigError
 from bitfront.fronts import losses
 from bitfront.interacting import measured_pairs
 from bitfront.measuring import OpenPool, measure, measure_reference, sharing
-from bitfront.pipeline import BANK, BANK_WEIGHT, open_planned, spec_of
+from bitfront.pipeline import open_planned, spec_of
 from bitfront.plan import Plan
+from bitfront.preparing import BANK, BANK_WEIGHT, prepare
 from bitfront.progress import Progress
 from bitfront.run import Run
 from bitfront.scoring import ESTIMATE_WEIGHT, Scores, experts_seen, forecast_bytes, score
@@ -34,7 +35,6 @@ from sensitivity import ESTIMATORS
 from store.database import Store
 from store.queries import update_job
 from store.tables import Candidate, Job, now
-from workers.pool import Task
 
 MEASURED = "random maps on the search text"
 REFERENCE = "reference"
@@ -88,11 +88,7 @@ def run_audit(
     with sharing(open_pool, spec_of(plan, cache), store, job.id) as pool:
         run = Run(plan, store, pool, progress, job)
         progress.expect(_expected_work(plan, names, len(drawn)))
-        with progress.stage(BANK, 1, BANK_WEIGHT) as advance:
-            for outcome in pool.run([Task("prepare")]):
-                if outcome.error:
-                    raise outcome.error
-                advance(1)
+        prepare(pool, progress)
         measure_reference(run)
         scores, unable = _scores(run, names)
         candidates = [candidate for _, _, candidate in drawn]

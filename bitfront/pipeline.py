@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from bitfront.budgets import sharing_in, working_bytes
 from bitfront.fronts import INTERACTIONS, is_later, losses
 from bitfront.interacting import PAIRS, interact
-from bitfront.measuring import REFERENCE, OpenPool, measure, measure_reference, sharing, values
+from bitfront.measuring import REFERENCE, OpenPool, measure, measure_reference, sharing
 from bitfront.plan import Plan
+from bitfront.preparing import BANK, BANK_WEIGHT, prepare
 from bitfront.profiling import MAP_WEIGHT
 from bitfront.progress import Clocked, Progress
 from bitfront.proposals import choice_of, propose
@@ -41,16 +42,12 @@ from store.queries import (
     update_job,
 )
 from store.tables import Candidate, Job, Model
-from workers.pool import Task
 from workers.session import SessionSpec
 
 Choice = NDArray[np.intp]
-BANK = "quantizing every unit under every scheme"
 PAIRED = "maps with interactions on the search text"
 REFINED = "refined maps on the whole search text"
 SEARCH, HELDOUT = "candidates on the search text", "finalists on held-out text"
-# how long it takes in units of one candidate on one chunk, for the bar's first estimate only
-BANK_WEIGHT = 20
 PATIENCE_S = 900.0
 """How long a driver waits for a database that is away."""
 
@@ -96,9 +93,7 @@ def _run_stages(run: Run) -> None:
     plan = run.plan
     config = plan.config
     run.progress.expect(_expected_work(plan))
-    with run.progress.stage(BANK, 1, BANK_WEIGHT) as advance:
-        for _ in values(run, [Task("prepare")]):
-            advance(1)
+    prepare(run.pool, run.progress)
     measure_reference(run)  # before the bank is mapped: it holds a float32 model for a moment
     scores = {name: score(run, name) for name in config.estimators}
     problems = {name: plan.problem(scored.mean) for name, scored in scores.items()}

@@ -12,9 +12,11 @@ pointers.
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -92,13 +94,15 @@ class Bank:
         }
         return {kind: sites for kind, sites in missing.items() if sites}
 
-    def build(self, choices: Choices) -> None:
+    def build(self, choices: Choices, seconds: float = inf) -> None:
         """Write the files that are missing, reading the weights of few layers at a time.
 
         Statistics that were never written are done without.
 
         Args:
             choices: the schemes of each unit, in the layout's order; the reference comes along.
+            seconds: after which it stops, with some files still missing; one scheme of some units
+                is always written.
 
         Raises:
             BankError: the disk is full or the folder can't be written.
@@ -106,12 +110,15 @@ class Bank:
         """
         if not self.missing(choices):
             return
+        end = time.monotonic() + seconds
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_space(choices)
             weights = open_weights(self.checkpoint)
             for units, schemes in _alike(self.layout, choices):
-                self._build_units(units, schemes, weights)
+                for _ in self._build_units(units, schemes, weights):
+                    if time.monotonic() >= end:
+                        return
             if not self._rest_path().exists():
                 placed = {site.parameter for unit in self.layout.units for site in unit.stored}
                 rest = [name for name in weights if name not in placed]
@@ -178,8 +185,8 @@ class Bank:
 
     def _build_units(
         self, units: Sequence[Unit], schemes: Sequence[Scheme], weights: Mapping[str, Tensor]
-    ) -> None:
-        """The missing entries of units that have the same shapes."""
+    ) -> Iterator[None]:
+        """The missing entries of units that have the same shapes, a scheme at a time."""
         wanted: list[Scheme | str] = [REFERENCE, *schemes]
         if all(self._path(unit, scheme).exists() for unit in units for scheme in wanted):
             return
@@ -187,10 +194,13 @@ class Bank:
         known: dict[tuple[str, frozenset[Statistic]], SiteStatistics] = {}
         for scheme in wanted:
             missing = [unit for unit in units if not self._path(unit, scheme).exists()]
+            if not missing:
+                continue
             columns = zip(*(unit.stored for unit in missing), strict=True)
             quantized = [self._quantized(parameters, sites, scheme, known) for sites in columns]
             for unit, row in zip(missing, zip(*quantized, strict=True), strict=True):
                 self._write_entry(unit, scheme, row)
+            yield
 
     def _made_again(
         self, unit: Unit, site: Site, scheme: Scheme, values: Tensor

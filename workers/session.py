@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -76,22 +77,29 @@ class Session:
         self._schemes = {name: Scheme.parse(name) for row in spec.choices for name in row}
         self._choices = [[self._schemes[name] for name in row] for row in spec.choices]
 
-    def prepare(self) -> float:
-        """Make sure that this node has the whole bank; the seconds it took."""
-        start = time.perf_counter()
+    def prepare(self, seconds: float = inf) -> tuple[int, int]:
+        """Make sure that this node has the whole bank, or go on with it for some seconds.
+
+        What is only made whole, a folded model and statistics, ends such a call.
+
+        Returns:
+            How many files the bank lacked at first, and lacks now.
+        """
         lock = cache_dir() / "banks" / "building.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # one worker of a node builds, the others wait,
             torch.set_num_threads(os.cpu_count() or 1)  # so that their cores are free
             try:
-                self._fold()
-                self._calibrate()
-                self._bank.build(self._choices)
+                made = self._fold()
+                before = len(self._bank.missing(self._choices))
+                if not (self._calibrate() or made) or seconds == inf:
+                    self._bank.build(self._choices, seconds)
+                after = len(self._bank.missing(self._choices))
             finally:
                 torch.set_num_threads(self._spec.threads)
         return_memory()
-        return time.perf_counter() - start
+        return before, after
 
     def estimate(self, estimator: str, chunks: Ids, share: Share) -> tuple[RawTable, float]:
         """A share of a raw sensitivity table, and the seconds it took."""
@@ -165,11 +173,11 @@ class Session:
         """The replica; builds bank and model if need be."""
         return self._evaluator
 
-    def _fold(self) -> None:
-        """Make the folded checkpoint, from the original's statistics on the same text."""
+    def _fold(self) -> bool:
+        """Make the folded checkpoint, from the original's statistics on the same text; or it's there."""
         folding = self._spec.folding
         if folding is None or folding.ready:
-            return
+            return False
         original = _on_this_node(folding.original)
         statistics, layout = Statistics(folding.statistics), self._spec.layout
         sites = [
@@ -184,12 +192,13 @@ class Session:
             DTYPES[self._spec.dtype],
         )
         write_folded(folding, original, layout, default_device())
+        return True
 
-    def _calibrate(self) -> None:
-        """Collect the statistics that the bank's missing entries are made with."""
+    def _calibrate(self) -> bool:
+        """Collect the statistics that the bank's missing entries are made with; or they're there."""
         wanted = self._bank.wanted(self._choices)
         if not wanted:
-            return
+            return False
         assert self._bank.statistics is not None
         calibrate(
             self._bank.checkpoint,
@@ -199,6 +208,7 @@ class Session:
             default_device(),
             self._bank.dtype,
         )
+        return True
 
     @cached_property
     def _bank(self) -> Bank:

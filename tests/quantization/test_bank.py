@@ -150,6 +150,24 @@ def test_a_second_build_loads_and_quantizes_nothing(make_bank, monkeypatch):
     assert again.missing(choices_of(bank.layout)) == []
 
 
+def test_a_bank_is_built_in_pieces_and_none_is_made_twice(make_bank, tmp_path):
+    source = make_bank("llama")
+    bank = Bank(source.checkpoint, source.layout, RTN, torch.float32, tmp_path)
+    choices = choices_of(bank.layout)
+    missing, written = [len(bank.missing(choices))], {}
+    while missing[-1]:
+        bank.build(choices, seconds=0)
+        missing.append(len(bank.missing(choices)))
+        files = {f.name: f.stat().st_mtime_ns for f in bank.folder.iterdir()}
+        assert all(files[name] == at for name, at in written.items())
+        written = files
+    assert len(missing) > len(MENU)
+    assert missing == sorted(set(missing), reverse=True)
+    assert written.keys() == {f.name for f in source.folder.iterdir()}
+    for name in written:
+        assert (bank.folder / name).read_bytes() == (source.folder / name).read_bytes()
+
+
 def test_a_larger_menu_adds_only_what_is_new(make_bank, tmp_path):
     source = make_bank("llama")
     bank = Bank(source.checkpoint, source.layout, RTN, torch.float32, tmp_path)

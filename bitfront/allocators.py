@@ -268,7 +268,9 @@ def _entries(
             if best is not None and choice is not best[2]:
                 over = paired_difference(found, best[3], tokens)
             bits = run.plan.average_bits(choice)
-            entries.append(Entry(budget, name, kind, bits, mean_interval(found, tokens), over))
+            kl = mean_interval(found, tokens)
+            kl = replace(kl, low=max(kl.low, 0.0))
+            entries.append(Entry(budget, name, kind, bits, kl, over))
     return entries
 
 

@@ -14,6 +14,7 @@ errors = Console(stderr=True, soft_wrap=True)
 
 SECONDS = {"decode_s": "a token", "prefill_s": "prompt"}
 JOULES = {"decode_j": "energy a token", "prefill_j": "of a prompt"}
+PREDICTED = "~: predicted, not measured."
 
 
 def print_json(document: Any) -> None:
@@ -46,8 +47,8 @@ def front_table(front: Mapping[str, Any]) -> Table:
         table.add_column({**SECONDS, **JOULES}[key], justify="right")
     table.add_column("what")
     for p in points:
-        costs = [_spent(p[k], p["times"], show_seconds) for k in spent[0]]
-        costs += [_spent(p[k], p["energy"], show_joules) for k in spent[1]]
+        costs = [spending(p[k], p["times"], show_seconds) for k in spent[0]]
+        costs += [spending(p[k], p["energy"], show_joules) for k in spent[1]]
         table.add_row(
             str(p["id"]),
             f"{p['average_bits']:.3f}",
@@ -62,7 +63,7 @@ def front_table(front: Mapping[str, Any]) -> Table:
     return table
 
 
-def _spent(value: float | None, how: str | None, show: Callable[[float], str]) -> str:
+def spending(value: float | None, how: str | None, show: Callable[[float], str]) -> str:
     """Seconds or joules of a point; those that nobody measured with a mark."""
     if value is None:
         return ""
@@ -86,7 +87,7 @@ def _caption(front: Mapping[str, Any]) -> str:
         lines.append(f"Noise floor of {front['dtype']} arithmetic: {floor:.2g} nats per token.")
     kinds = {p[k] for p in front["points"] for k in ("times", "energy") if p.get(k)}
     if "predicted" in kinds:
-        lines.append("~: predicted, not measured.")
+        lines.append(PREDICTED)
     if front.get("transform"):  # a server of an older version says nothing of it
         lines.append(f"Channels rescaled by {front['transform']}.")
     return " ".join(lines)

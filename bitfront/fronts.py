@@ -216,7 +216,7 @@ def _point(
         weight_bytes=c.weight_bytes - (cache_bytes or 0),
         cache_bytes=cache_bytes,
         kl=loss.kl.mean,
-        kl_low=loss.kl.low,
+        kl_low=max(loss.kl.low, 0.0),  # few chunks' intervals would go below, which KL never does
         kl_high=loss.kl.high,
         perplexity=loss.perplexity,
         search_kl=search.kl.mean if search else None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from bitfront.answering import Limits
-from bitfront.console import errors, print_json, print_table
+from bitfront.console import PREDICTED, errors, print_json, print_table, spending
 from bitfront.service import Desk
 from bitfront.sizes import show_bytes, show_joules, show_seconds
 from cost_models.memory import PHASES
@@ -60,8 +60,14 @@ def run_query(
         "KL, nats per token": f"{point['kl']:.5f} ({point['kl_low']:.5f} to {point['kl_high']:.5f})",
         "perplexity": f"{point['perplexity']:.3f} "
         f"(unquantized {found['reference_perplexity'] or 0:.3f})",
-        **{f"{phase} latency": show_seconds(seconds) for phase, seconds in took.items()},
-        **{f"{phase} energy": show_joules(joules) for phase, joules in spent.items()},
+        **{
+            f"{phase} latency": spending(seconds, point["times"], show_seconds)
+            for phase, seconds in took.items()
+        },
+        **{
+            f"{phase} energy": spending(joules, point["energy"], show_joules)
+            for phase, joules in spent.items()
+        },
         **_request(found),
         "control": point["control"] or "no",
         "take it": f"bitfront export {found['job']} --point {point['id']} "
@@ -69,6 +75,8 @@ def run_query(
     }
     for name, value in rows.items():
         table.add_row(name, value)
+    if "predicted" in {point["times"], point["energy"]}:
+        table.caption = PREDICTED
     print_table(table)
     for other in found["others"]:
         errors.print(

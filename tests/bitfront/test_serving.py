@@ -12,7 +12,7 @@ from bitfront import latency
 from bitfront.answering import NothingFitsError
 from bitfront.budgets import working_bytes
 from bitfront.config import ConfigError, ServingConfig
-from bitfront.console import front_table
+from bitfront.console import PREDICTED, front_table
 from bitfront.documents import front_document
 from bitfront.exporting import export_point
 from bitfront.fronts import Constraints, best_point, load_front
@@ -403,6 +403,23 @@ def test_a_request_is_a_prompt_and_its_answer(done, store, capsys):
     )
     run_query(Service(store), limits, of(job), as_json=False)
     assert f"a request of {SERVING.prompt} and 128 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["measured", "predicted"])
+def test_a_query_marks_seconds_that_nobody_measured(done, store, capsys, kind):
+    class Known(Service):
+        def query(self, *given, **more):
+            found = super().query(*given, **more)
+            return {**found, "point": {**found["point"], "times": kind}}
+
+    _, job = done
+    limits = dict.fromkeys(
+        ("weight_bytes", "average_bits", "kl", "memory_bytes", "decode_s", "prefill_s")
+    )
+    run_query(Known(store), limits, of(job), as_json=False)
+    printed = capsys.readouterr().out
+    [line] = [line for line in printed.splitlines() if "decode latency" in line]
+    assert ("~" in line, PREDICTED in printed) == ((kind == "predicted"),) * 2
 
 
 def of(job):

@@ -17,9 +17,11 @@ from bitfront.fronts import load_front
 from bitfront.pipeline import run_search
 from bitfront.plan import Plan, make_plan, plan_again
 from bitfront.progress import Lines, RichProgress
+from bitfront.serving import limits_j, limits_s
 from bitfront.settling import scoring_online, settled
-from bitfront.sizes import show_bytes
+from bitfront.sizes import show_bytes, show_joules, show_seconds
 from bitfront.uniforms import uniform_maps
+from cost_models.devices import LOCAL
 from store.database import Store
 from store.queries import find_job, find_model
 from workers.pool import InProcessPool, Pool
@@ -118,12 +120,33 @@ def dry_run(config: JobConfig, as_json: bool) -> None:
         )
     print_table(sizes)
     errors.print(_summary(plan), highlight=False)
+    if served := _served(plan):
+        errors.print(served, highlight=False)
     counts = document["measurements"]
     more = f", {counts['refinement']} to refine" if counts["refinement"] else ""
     errors.print(
         f"At most {counts['search']} measurements on the search text{more} and "
         f"{counts['heldout']} on held-out text, a chunk each.",
         highlight=False,
+    )
+
+
+def _served(plan: Plan) -> str:
+    """Where maps are to be served and what they may take there; times are learned by the search."""
+    serving = plan.config.serving
+    if serving.silent is True:
+        return ""
+    where = "this machine" if serving.device == LOCAL else serving.device
+    shown = {
+        "memory": serving.max_memory_bytes and show_bytes(serving.max_memory_bytes),
+        **{f"{p} latency": show_seconds(most) for p, most in limits_s(serving).items()},
+        **{f"{p} energy": show_joules(most) for p, most in limits_j(serving).items()},
+    }
+    limits = ", ".join(f"{name} {most}" for name, most in shown.items() if most)
+    return (
+        f"To be served by {serving.engine or 'no engine in particular'} on {where}: "
+        f"{serving.batch} x {serving.context} tokens in the cache, prompts of {serving.prompt}. "
+        f"Limits: {limits or 'none but the budgets'}; whether maps keep them the search finds out."
     )
 
 
@@ -181,6 +204,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         "menu": [scheme.name for scheme in plan.menu],
         "uniform": uniforms,
         "budgets": list(plan.budgets),
+        "serving": plan.config.serving.model_dump(),
         "measurements": {
             "search": (controls + proposals + later) * texts.search.chunks,
             "refinement": refinement,

@@ -112,6 +112,16 @@ def test_dry_run_measures_nothing(run, tiny_folders, tmp_path):
     assert not (tmp_path / "none.sqlite").exists()
 
 
+def test_a_dry_run_tells_where_maps_are_to_be_served(run, tiny_folders):
+    said = run(
+        "search", str(tiny_folders("llama")), "--dry-run", "--engine", "llama.cpp",
+        "--menu", "gguf-q4_0,gguf-q8_0", "--context", "256", "--max-decode-latency", "8ms", "--max-memory", "1GiB",
+    ).stderr  # fmt: skip
+    assert "by llama.cpp on this machine: 1 x 256 tokens in the cache" in said
+    assert "Limits: memory 1.074 GB, decode latency 8 ms;" in said
+    assert "To be served" not in run("search", str(tiny_folders("llama")), "--dry-run").stderr
+
+
 def test_formats_have_the_pinned_form(run):
     entries = {
         e["name"]: e for e in json.loads(run("formats", "--shape", "64x576", "--json").stdout)

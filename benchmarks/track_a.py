@@ -53,20 +53,22 @@ def elapsed() -> float:
 def plan_for(
     model: str, text: str, bits: tuple[float, ...], chunks: int, **overrides: object
 ) -> Plan:
-    """The job: one text for calibration and search, divided by nobody; fewer chunks of a short one."""
+    """The job: one text for calibration and search; fewer chunks of a short one."""
     while True:
         size = {"source": text, "chunks": chunks, "length": LENGTH}
         small = {"source": text, "chunks": 2, "length": LENGTH}
-        settings = {
+        settings: dict[str, Any] = {
             "menu": MENU, "budgets": list(bits), "estimators": [ESTIMATOR], "quantizer": "rtn",
             "texts.calibration": small, "texts.heldout": small, "texts.search": size, **overrides,
         }  # fmt: skip
+        learned = settings["texts.calibration"]
+        settings["texts.calibration"] = {**learned, "chunks": min(learned["chunks"], chunks)}
         try:
             return make_plan(load_config(model, None, settings))
         except TextError:
             if chunks <= FEWEST:
                 raise
-            chunks //= 2
+            chunks = max(chunks // 2, FEWEST)
 
 
 class Searcher:
@@ -179,7 +181,10 @@ class Searcher:
         return found.kl_sum / found.tokens
 
     def _judge(self, histories: dict[float, list[np.ndarray]]) -> dict[float, np.ndarray]:
-        """Of each budget's last map, one before it and the first: the best on fresh chunks."""
+        """Of each budget's last map, one before it and the first: the best.
+
+        On fresh chunks, unless the text is so short that the search has had all of it.
+        """
         finals = {}
         for bits, maps in histories.items():
             last = len(maps) - 1
@@ -191,10 +196,17 @@ class Searcher:
                 found: list[float] = []
                 while self.clock.allows() and len(found) < len(maps) > 1:
                     with self.clock.step():
-                        found.append(np.log(self.kl(maps[len(found)], chunk)))
+                        found.append(self._log_kl(maps[len(found)], chunk))
                 if len(found) == len(maps):
                     sums[bits] += found
         return {bits: maps[int(np.argmin(sums[bits]))] for bits, maps in finals.items()}
+
+    def _log_kl(self, choice: np.ndarray, chunk: np.ndarray) -> float:
+        """Of a map on a chunk; infinite where it can't be measured, so that another one wins."""
+        try:
+            return float(np.log(max(self.kl(choice, chunk), 1e-12)))
+        except MeasurementError:
+            return float("inf")
 
 
 def weight_errors(model: AssembledModel, chunks: np.ndarray, plan: Plan) -> np.ndarray:

@@ -35,7 +35,7 @@ from quantization.formats import FORMATS
 from quantization.quantizers import QUANTIZERS, needs
 from search.controls import random_at, uniform
 from search.problem import Choice
-from search.statistics import Interval, mean_interval, paired_difference
+from search.statistics import Interval, divergence_interval, paired_difference
 from store.database import Store
 from store.queries import measurements
 from store.tables import Job
@@ -268,8 +268,7 @@ def _entries(
             if best is not None and choice is not best[2]:
                 over = paired_difference(found, best[3], tokens)
             bits = run.plan.average_bits(choice)
-            kl = mean_interval(found, tokens)
-            kl = replace(kl, low=max(kl.low, 0.0))
+            kl = divergence_interval(found, tokens)
             entries.append(Entry(budget, name, kind, bits, kl, over))
     return entries
 

@@ -70,6 +70,11 @@ def apply(
         if known
         else make_plan(load_config(model, None, _overrides(foreign, text)))
     )
+    if known and base.chunks != known.facts["chunks"]:
+        raise ConfigError(
+            f"the texts of job {known.id} have changed since it measured on them, so '{file}' can't "
+            "join it; name another job, or search again"
+        )
     if foreign.caches and not base.caches.any():
         raise ConfigError(
             f"'{file}' quantizes the KV cache, which this job leaves as it is; name a job that "

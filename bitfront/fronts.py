@@ -16,7 +16,7 @@ from bitfront.findings import additive, few_tokens
 from cost_models.memory import PHASES, Sharing
 from quantization.units import Layout
 from search.front import non_dominated
-from search.statistics import Interval, mean_interval, paired_difference
+from search.statistics import Interval, divergence_interval, paired_difference
 from store.database import Store
 from store.errors import NotFoundError
 from store.queries import (
@@ -158,7 +158,7 @@ def _summary(rows: Sequence[Sums]) -> MapLoss:
     kl = np.array([row.kl_sum for row in rows])
     tokens = np.array([float(row.tokens) for row in rows])
     nll = sum(row.nll_sum for row in rows) / tokens.sum()
-    return MapLoss(mean_interval(kl, tokens), exp(min(nll, 700.0)), kl, tokens)
+    return MapLoss(divergence_interval(kl, tokens), exp(min(nll, 700.0)), kl, tokens)
 
 
 def load_front(store: Store, job: Job) -> Front:
@@ -216,7 +216,7 @@ def _point(
         weight_bytes=c.weight_bytes - (cache_bytes or 0),
         cache_bytes=cache_bytes,
         kl=loss.kl.mean,
-        kl_low=max(loss.kl.low, 0.0),  # few chunks' intervals would go below, which KL never does
+        kl_low=loss.kl.low,
         kl_high=loss.kl.high,
         perplexity=loss.perplexity,
         search_kl=search.kl.mean if search else None,

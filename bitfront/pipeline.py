@@ -175,8 +175,10 @@ def open_planned(plan: Plan, store: Store, submitted: int | None = None) -> Job:
         "budgets": list(plan.budgets),
         "split": plan.layout.weights != plan.described.units,
         "estimators": list(plan.config.estimators),
-        "chunks": {role: list(text.hashes) for role, text in plan.texts.items()},
+        "chunks": plan.chunks,
     }
+    if plan.placeholders:
+        facts["placeholders"] = plan.placeholders
     if plan.caches.any():
         facts["caches"] = plan.engine.cache_sharing if plan.engine else "apart"
     if plan.engine or plan.config.serving.max_memory_bytes or plan.caches.any():

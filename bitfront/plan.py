@@ -186,6 +186,16 @@ class Plan:
         return map_hash(self.layout, pairs)
 
     @property
+    def chunks(self) -> dict[str, list[str]]:
+        """Hashes of the chunks of each text."""
+        return {role: list(text.hashes) for role, text in self.texts.items()}
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """How many were left out of each source, where there were any."""
+        return {text.source: text.left_out for text in self.texts.values() if text.left_out}
+
+    @property
     def statistics(self) -> str:
         """Identifies what calibration knows of the model."""
         text = self.texts["calibration"].hash
@@ -221,8 +231,8 @@ class Plan:
         return key_of(self.checkpoint.weights_hash, config, self.dtype, *texts, *extra)
 
 
-def make_plan(config: JobConfig) -> Plan:
-    """Resolve everything that a job names.
+def make_plan(config: JobConfig, *, as_written: bool = False) -> Plan:
+    """Resolve everything that a job names; texts without placeholders, or `as_written`.
 
     Raises:
         BitfrontError: a model, text, format, quantizer or estimator that isn't there.
@@ -277,7 +287,7 @@ def make_plan(config: JobConfig) -> Plan:
         bytes_table=_bytes(config, layout, columns, engine),
         other_bytes=weight_bytes.other_bytes(layout, engine, load_config(checkpoint)),
         budgets=(),
-        texts=make_texts(load_tokenizer(checkpoint), requests),
+        texts=make_texts(load_tokenizer(checkpoint), requests, as_written=as_written),
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
         described=described,
@@ -301,7 +311,11 @@ def plan_again(job: Job, model: Model) -> Plan:
     # what the arithmetic was tells the statistics apart, and so the folded model
     bank = "packed" if job.facts["quantizer"].endswith(PACKED) else "values"
     same = {"revision": model.revision, "dtype": job.facts["dtype"], "bank": bank}
-    plan = make_plan(config.model_copy(update=same))
+    config = config.model_copy(update=same)
+    plan = make_plan(config)
+    measured = job.facts.get("chunks")
+    if plan.placeholders and plan.chunks != measured:
+        plan = make_plan(config, as_written=True)  # as earlier versions read them
     if plan.checkpoint.weights_hash != job.model_hash:
         raise ConfigError(
             f"the model at '{plan.checkpoint.name}' has changed since job {job.id}; search again"

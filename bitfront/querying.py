@@ -91,7 +91,8 @@ def _request(found: Mapping[str, Any]) -> dict[str, str]:
     if not (whole := found["request"]):
         return {}
     tokens = f"{whole['prompt']} and {whole['generated']} tokens"
-    return {f"a request of {tokens}": show_seconds(whole["seconds"])}
+    seconds = spending(whole["seconds"], found["point"]["times"], show_seconds)
+    return {f"a request of {tokens}": seconds}
 
 
 def show_jobs(desk: Desk, as_json: bool) -> None:

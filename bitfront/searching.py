@@ -158,7 +158,7 @@ def _summary(plan: Plan) -> str:
     )
     if plan.folding:
         text += f"; channels rescaled by {plan.folding.identity}"
-    for source, count in {t.source: t.left_out for t in plan.texts.values() if t.left_out}.items():
+    for source, count in plan.placeholders.items():
         text += (
             f"\n  {count:,} <unk> of '{source}' were left out: they stand for words that its corpus "
             "has lost"
@@ -205,6 +205,7 @@ def _document(plan: Plan) -> dict[str, Any]:
         "uniform": uniforms,
         "budgets": list(plan.budgets),
         "serving": plan.config.serving.model_dump(),
+        "placeholders": plan.placeholders,
         "measurements": {
             "search": (controls + proposals + later) * texts.search.chunks,
             "refinement": refinement,

@@ -12,11 +12,9 @@ pointers.
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from math import inf
 from pathlib import Path
 
 import torch
@@ -94,15 +92,18 @@ class Bank:
         }
         return {kind: sites for kind, sites in missing.items() if sites}
 
-    def build(self, choices: Choices, seconds: float = inf) -> None:
+    def build(self, choices: Choices) -> None:
+        """Write the files that are missing: `building` to its end."""
+        for _ in self.building(choices):
+            pass
+
+    def building(self, choices: Choices) -> Iterator[None]:
         """Write the files that are missing, reading the weights of few layers at a time.
 
-        Statistics that were never written are done without.
+        Statistics that were never written are done without. Yields after each scheme of some units.
 
         Args:
             choices: the schemes of each unit, in the layout's order; the reference comes along.
-            seconds: after which it stops, with some files still missing; one scheme of some units
-                is always written.
 
         Raises:
             BankError: the disk is full or the folder can't be written.
@@ -110,15 +111,12 @@ class Bank:
         """
         if not self.missing(choices):
             return
-        end = time.monotonic() + seconds
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_space(choices)
             weights = open_weights(self.checkpoint)
             for units, schemes in _alike(self.layout, choices):
-                for _ in self._build_units(units, schemes, weights):
-                    if time.monotonic() >= end:
-                        return
+                yield from self._build_units(units, schemes, weights)
             if not self._rest_path().exists():
                 placed = {site.parameter for unit in self.layout.units for site in unit.stored}
                 rest = [name for name in weights if name not in placed]

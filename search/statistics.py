@@ -3,7 +3,7 @@
 numpy only: commands that answer at once use it, and importing SciPy would double their time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,6 +47,12 @@ def mean_interval(sums: Floats, tokens: Floats) -> Interval:
     deviation = float(np.sqrt((residual**2).sum() / (len(sums) - 1) / len(sums)))
     half = t_975(len(sums) - 1) * deviation / float(tokens.mean())
     return Interval(mean, mean - half, mean + half)
+
+
+def divergence_interval(sums: Floats, tokens: Floats) -> Interval:
+    """`mean_interval` of what is never below zero, as the spread of few chunks may have it."""
+    found = mean_interval(sums, tokens)
+    return found if not found.low < 0 else replace(found, low=min(0.0, found.mean))
 
 
 def paired_difference(first: Floats, second: Floats, tokens: Floats) -> Interval:

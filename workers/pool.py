@@ -161,3 +161,4 @@ class InProcessPool(Pool):
     def close(self) -> None:
         """See `Pool.close`."""
         self._queue.clear()
+        self._session.close()

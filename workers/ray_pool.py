@@ -186,7 +186,7 @@ class RayPool(Pool):
         if len(self._actors) > self.workers:
             self._stop(actor)
         else:
-            self._idle.append(actor)
+            self._idle.appendleft(actor)  # a bank that it has begun it goes on with
 
     def submit(self, task: Task) -> None:
         """See `Pool.submit`."""

@@ -3,12 +3,13 @@
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from sensitivity.interactions import Interactions, measure_interactions
 from sensitivity.slopes import LocalSlopes, measure_slopes
 
 Ids = NDArray[np.int64]
+POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -76,30 +78,56 @@ class Session:
         torch.set_num_threads(spec.threads)
         self._schemes = {name: Scheme.parse(name) for row in spec.choices for name in row}
         self._choices = [[self._schemes[name] for name in row] for row in spec.choices]
+        self._preparing: Generator[int] | None = None
 
     def prepare(self, seconds: float = inf) -> tuple[int, int]:
         """Make sure that this node has the whole bank, or go on with it for some seconds.
 
-        What is only made whole, a folded model and statistics, ends such a call.
+        A folded model and statistics are made in one go. One worker of a node builds, until the bank
+        is whole: others wait, so that their cores are free, and disk space that was checked is there.
 
         Returns:
-            How many files the bank lacked at first, and lacks now.
+            How many files the bank lacked when it was begun, and lacks now; one and one as long as
+            another worker builds.
         """
+        end = time.monotonic() + seconds
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)
+        try:
+            self._preparing = self._preparing or self._prepared()
+            for lacked in self._preparing:
+                if time.monotonic() >= end:
+                    left = len(self._bank.missing(self._choices)) if lacked else 1
+                    return max(lacked, left, 1), left
+            self.close()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            torch.set_num_threads(threads)
+        return_memory()
+        return 1, 0
+
+    def close(self) -> None:
+        """Let others build, where this one has begun to."""
+        if self._preparing:
+            self._preparing.close()
+        self._preparing = None
+
+    def _prepared(self) -> Generator[int]:
+        """Steps towards the whole bank, each with what it lacked at first; zero while that isn't known."""
         lock = cache_dir() / "banks" / "building.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # one worker of a node builds, the others wait,
-            torch.set_num_threads(os.cpu_count() or 1)  # so that their cores are free
-            try:
-                made = self._fold()
-                before = len(self._bank.missing(self._choices))
-                if not (self._calibrate() or made) or seconds == inf:
-                    self._bank.build(self._choices, seconds)
-                after = len(self._bank.missing(self._choices))
-            finally:
-                torch.set_num_threads(self._spec.threads)
-        return_memory()
-        return before, after
+            while not _taken(handle):
+                yield 0
+                time.sleep(POLL_S)
+            self._fold()
+            lacked = len(self._bank.missing(self._choices))
+            self._calibrate()
+            yield lacked
+            for _ in self._bank.building(self._choices):
+                yield lacked
 
     def estimate(self, estimator: str, chunks: Ids, share: Share) -> tuple[RawTable, float]:
         """A share of a raw sensitivity table, and the seconds it took."""
@@ -173,11 +201,11 @@ class Session:
         """The replica; builds bank and model if need be."""
         return self._evaluator
 
-    def _fold(self) -> bool:
-        """Make the folded checkpoint, from the original's statistics on the same text; or it's there."""
+    def _fold(self) -> None:
+        """Make the folded checkpoint, from the original's statistics on the same text."""
         folding = self._spec.folding
         if folding is None or folding.ready:
-            return False
+            return
         original = _on_this_node(folding.original)
         statistics, layout = Statistics(folding.statistics), self._spec.layout
         sites = [
@@ -192,13 +220,12 @@ class Session:
             DTYPES[self._spec.dtype],
         )
         write_folded(folding, original, layout, default_device())
-        return True
 
-    def _calibrate(self) -> bool:
-        """Collect the statistics that the bank's missing entries are made with; or they're there."""
+    def _calibrate(self) -> None:
+        """Collect the statistics that the bank's missing entries are made with."""
         wanted = self._bank.wanted(self._choices)
         if not wanted:
-            return False
+            return
         assert self._bank.statistics is not None
         calibrate(
             self._bank.checkpoint,
@@ -208,7 +235,6 @@ class Session:
             default_device(),
             self._bank.dtype,
         )
-        return True
 
     @cached_property
     def _bank(self) -> Bank:
@@ -231,6 +257,15 @@ class Session:
         """The checkpoint on this node; a folded one is there once `prepare` has made it."""
         folding = self._spec.folding
         return folding.checkpoint if folding else _on_this_node(self._spec.checkpoint)
+
+
+def _taken(handle: IO[str]) -> bool:
+    """Whether nobody else has the lock."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

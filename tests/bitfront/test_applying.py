@@ -8,12 +8,12 @@ from bitfront.applying import apply
 from bitfront.config import ConfigError
 from bitfront.exporting import export_point
 from bitfront.fronts import load_front
-from bitfront.pipeline import run_search
-from bitfront.plan import make_plan
+from bitfront.pipeline import open_planned, run_search
+from bitfront.plan import make_plan, plan_again
 from bitfront.progress import Silent
 from quantization.errors import ModelError
 from store.database import Store
-from store.queries import find_job
+from store.queries import find_job, find_model, update_job
 from tests.bitfront.test_pipeline import small_config
 from workers.pool import InProcessPool
 
@@ -48,6 +48,34 @@ def test_a_map_of_known_formats_is_the_point_that_it_is(store, job, folder, tmp_
     found, number = apply(store, file, str(folder), None, "none", None)
     assert (found.job.id, number) == (job, control.id)
     assert found.point(number).kl == control.kl
+
+
+def test_a_job_that_read_placeholders_reads_them_again(folder, store, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    lines = (f"lobster {i} is a large <unk> , and its <unk> are eaten .\n" for i in range(400))
+    corpus.write_text("".join(lines))
+    texts = {f"texts.{role}.source": str(corpus) for role in ("calibration", "search", "heldout")}
+    config = small_config(folder, **texts)
+    old, new = make_plan(config, as_written=True), make_plan(config)
+    assert (old.placeholders, new.placeholders) == ({}, {str(corpus): 800})
+    assert old.chunks != new.chunks
+    for plan in (old, new):
+        job = open_planned(plan, store)
+        assert plan_again(job, find_model(store, job.model_hash)).chunks == plan.chunks
+    assert job.facts["placeholders"] == {str(corpus): 800}
+
+
+def test_a_map_joins_no_job_whose_text_has_changed(folder, store, tmp_path):
+    text, file = tmp_path / "text.txt", tmp_path / "map.json"
+    text.write_text("word " * 3000)
+    plan = make_plan(small_config(folder, **{"texts.heldout.source": str(text)}))
+    job = open_planned(plan, store)
+    update_job(store, job.id, state="done")
+    linears = [s.name for u in plan.layout.units for s in u.sites if u.layer is not None]
+    file.write_text(json.dumps(dict.fromkeys(linears, "nf4-g32")))
+    text.write_text("other " * 3000)
+    with pytest.raises(ConfigError, match="texts of job .* have changed"):
+        apply(store, file, str(folder), job.id, "none", None)
 
 
 def test_formats_outside_the_menu_become_a_point_that_can_be_exported(store, job, folder, tmp_path):

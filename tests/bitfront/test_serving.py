@@ -418,8 +418,9 @@ def test_a_query_marks_seconds_that_nobody_measured(done, store, capsys, kind):
     )
     run_query(Known(store), limits, of(job), as_json=False)
     printed = capsys.readouterr().out
-    [line] = [line for line in printed.splitlines() if "decode latency" in line]
-    assert ("~" in line, PREDICTED in printed) == ((kind == "predicted"),) * 2
+    lines = [line for line in printed.splitlines() if "latency" in line or "a request" in line]
+    assert len(lines) == 3
+    assert {"~" in line for line in lines} == {PREDICTED in printed} == {kind == "predicted"}
 
 
 def of(job):

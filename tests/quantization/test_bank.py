@@ -155,15 +155,16 @@ def test_a_bank_is_built_in_pieces_and_none_is_made_twice(make_bank, tmp_path):
     bank = Bank(source.checkpoint, source.layout, RTN, torch.float32, tmp_path)
     choices = choices_of(bank.layout)
     missing, written = [len(bank.missing(choices))], {}
-    while missing[-1]:
-        bank.build(choices, seconds=0)
+    for _ in bank.building(choices):
         missing.append(len(bank.missing(choices)))
         files = {f.name: f.stat().st_mtime_ns for f in bank.folder.iterdir()}
         assert all(files[name] == at for name, at in written.items())
         written = files
     assert len(missing) > len(MENU)
     assert missing == sorted(set(missing), reverse=True)
-    assert written.keys() == {f.name for f in source.folder.iterdir()}
+    assert bank.missing(choices) == []
+    written = {f.name for f in bank.folder.iterdir()}
+    assert written == {f.name for f in source.folder.iterdir()}
     for name in written:
         assert (bank.folder / name).read_bytes() == (source.folder / name).read_bytes()
 

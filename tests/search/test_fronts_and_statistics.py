@@ -9,7 +9,7 @@ from scipy.special import stdtrit
 
 from search.calibration import fit_gain
 from search.front import hypervolume, non_dominated
-from search.statistics import mean_interval, paired_difference, t_975
+from search.statistics import divergence_interval, mean_interval, paired_difference, t_975
 
 values = arrays(float, st.integers(1, 12), elements=st.integers(0, 6).map(float))
 
@@ -74,3 +74,13 @@ def test_the_hypervolume_counts_the_cells_that_a_front_dominates(data):
     cells = sum(bool(((cost <= x) & (loss <= y)).any()) for x in range(5) for y in range(5))
     assert hypervolume(cost, loss, (5.0, 5.0)) == cells
     assert hypervolume(cost[:0], loss[:0], (5.0, 5.0)) == 0
+
+
+def test_an_interval_of_divergences_never_begins_below_zero():
+    tokens = np.full(3, 10.0)
+    wide, known = np.array([0.1, 9.0, 0.2]), np.array([5.0, 5.1, 4.9])
+    assert mean_interval(wide, tokens).low < 0 == divergence_interval(wide, tokens).low
+    assert divergence_interval(known, tokens) == mean_interval(known, tokens)
+    rounded = divergence_interval(np.array([-1e-9, 1e-10, 0.0]), tokens)
+    assert rounded.low <= rounded.mean <= rounded.high
+    assert np.isnan(divergence_interval(wide[:1], tokens[:1]).low)

@@ -85,6 +85,10 @@ def run_search(
     except (BitfrontError, SearchError) as error:
         end_job(store, job.id, "failed", str(error))
         raise
+    except KeyboardInterrupt:
+        if submitted is None:  # nobody is at it any more, until the same command is given again
+            end_job(store, job.id, "cancelled")
+        raise
     end_job(store, job.id, "done")
     return job.id
 

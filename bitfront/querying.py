@@ -104,6 +104,9 @@ def show_jobs(desk: Desk, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
+    if not rows:
+        errors.print("No jobs yet: bitfront search MODEL makes one.", highlight=False)
+        return
     table = Table("job", "model", "state", "engine", "points", "updated", "error")
     for row in rows:
         table.add_row(

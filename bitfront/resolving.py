@@ -6,6 +6,7 @@ The job keeps the tables that it was solved with; what comes out is predicted, a
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,9 +98,14 @@ def solve_again(
     wanted = {**{n: most for n, most in own.items() if most is not None}, **(limits or {})}
     problem, others = given.problem(wanted)
     budgets = sorted({*weight_bytes, *(given.bytes_of(bits) for bits in average_bits)})
+    layout = layout_of(job, find_model(store, job.model_hash))
+    problem = replace(problem, names=tuple(unit.name for unit in layout.units))
+    if budgets and (least := problem.smallest(BYTES) + given.other_bytes) > budgets[0]:
+        raise InfeasibleBudgetError(
+            f"no map fits into {budgets[0]:,} bytes: the smallest has {least:,}; raise the budget"
+        )
     bounds = [budget - given.other_bytes for budget in budgets]
     solutions = sweep(problem, BYTES, bounds, others)
-    layout = layout_of(job, find_model(store, job.model_hash))
     measured = {c.map_hash: c.point for c in candidates_of(store, job.id) if c.finalist}
     found = []
     for budget, solution in zip(budgets, solutions, strict=True):

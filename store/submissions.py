@@ -86,7 +86,10 @@ def cancel_job(store: Store, job_id: int) -> Job:
         if job.state not in OPEN:
             raise ConflictError(f"job {job.id} is {job.state}: there is nothing to cancel")
         if job.launch is None:
-            raise ConflictError(f"job {job.id} runs in a shell: stop it there, with Ctrl-C")
+            raise ConflictError(
+                f"job {job.id} runs in a shell: stop it there, with Ctrl-C; one whose shell is gone "
+                "goes on where the same command is given again"
+            )
         job.state, job.error = CANCELLED, None
         return job
 

@@ -18,6 +18,7 @@ from bitfront.fronts import Constraints, best_point, load_front
 from bitfront.pipeline import run_search
 from bitfront.plan import make_plan
 from bitfront.progress import Silent
+from bitfront.resolving import solve_again
 from quantization.errors import BankError, BitfrontError, MeasurementError, UnknownNameError
 from quantization.imatrix import write_imatrix
 from search.errors import InfeasibleBudgetError
@@ -233,6 +234,30 @@ def test_a_failure_is_recorded_and_what_was_measured_stays(tiny_folders, store):
     run_search(plan, store, CountingPool, Silent())
     assert find_job(store, None).state == "done"
     assert CountingPool.methods.count("measure") == _measured(store) - 5
+
+
+def test_what_a_user_interrupts_is_not_running(tiny_folders, store):
+    """And goes on where the same is asked again; other budgets are told by the whole model's bytes."""
+
+    class Impatient(InProcessPool):
+        def next(self) -> Outcome:
+            if _measured(store) >= 5:
+                raise KeyboardInterrupt
+            return super().next()
+
+    plan = make_plan(small_config(tiny_folders("llama")))
+    with pytest.raises(KeyboardInterrupt):
+        run_search(plan, store, Impatient, Silent())
+    assert find_job(store, None).state == "cancelled"
+    run_search(plan, store, InProcessPool, Silent())
+    job = find_job(store, None)
+    assert job.state == "done"
+    least = min(p.weight_bytes for p in load_front(store, job).points)
+    assert solve_again(store, job, weight_bytes=[least])["solutions"][0]["weight_bytes"] == least
+    with pytest.raises(
+        InfeasibleBudgetError, match=f"{least - 1:,} bytes: the smallest has {least:,}"
+    ):
+        solve_again(store, job, weight_bytes=[least - 1])
 
 
 KILLED = """

@@ -10,7 +10,7 @@ SLICE_S = 5.0
 
 
 def prepare(pool: Pool, progress: Progress) -> None:
-    """Build what the bank lacks, once the statistics that it is made with are there.
+    """Collect the statistics that the bank is made with, and build what it lacks.
 
     The worker that has begun goes on, since tasks that come one at a time go to the same one.
 

@@ -56,28 +56,48 @@ def calibrate(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
+    """Write the wanted statistics of some sites: `calibrating` to its end."""
+    for _ in calibrating(checkpoint, wanted, chunks, statistics, device, dtype):
+        pass
+
+
+def passes(wanted: Mapping[Statistic, Sequence[Site]], chunks: NDArray[np.int64]) -> int:
+    """How many times `calibrating` will yield."""
+    return len(chunks) * sum(len(list(_parts(sites, kind))) for kind, sites in wanted.items())
+
+
+def calibrating(
+    checkpoint: Checkpoint,
+    wanted: Mapping[Statistic, Sequence[Site]],
+    chunks: NDArray[np.int64],
+    statistics: Statistics,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[None]:
     """Write the wanted statistics of some sites, from a text of chunks x tokens of ids.
 
-    The passes compute in `dtype`; sums are float32.
+    The passes compute in `dtype`; sums are float32. Yields after each pass of a chunk.
     """
     for kind, sites in wanted.items():
         model = load_model(checkpoint, dtype).to(device)
         for part in _parts(sites, kind):
-            COLLECT[kind](model, part, chunks, statistics)
+            yield from COLLECT[kind](model, part, chunks, statistics)
         del model
         return_memory()
 
 
 def _second_moments(
     model: Any, sites: Sequence[Site], chunks: NDArray[np.int64], statistics: Statistics
-) -> None:
+) -> Iterator[None]:
     moments = SecondMoments()
     within = {name for name, _ in model.base_model.named_parameters(model.base_model_prefix)}
     body = all(site.parameter in within for site in sites)
     forward = model.base_model if body else model  # a head's product costs the whole vocabulary
-    with torch.inference_mode(), Tap(model, sites, moments.add):
+    with Tap(model, sites, moments.add):
         for ids in chunks:
-            forward(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False)
+            with torch.inference_mode():  # the caller isn't in it
+                forward(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False)
+            yield
     written: dict[int, Site] = {}
     for site in sites:
         shared = moments.sums.get((site.name, 0))
@@ -101,7 +121,7 @@ def _second_moments(
 
 def _fisher(
     model: Any, sites: Sequence[Site], chunks: NDArray[np.int64], statistics: Statistics
-) -> None:
+) -> Iterator[None]:
     parameters = dict(model.named_parameters())
     sums = {site.parameter: torch.zeros(parameters[site.parameter].shape) for site in sites}
     for parameter in parameters.values():
@@ -118,6 +138,7 @@ def _fisher(
         parameters[name].register_post_accumulate_grad_hook(lambda p, name=name: add(name, p))
     for seed, ids in enumerate(chunks):
         backward_of_samples(model, ids, seed)
+        yield
     for site in sites:
         fisher = sums[site.parameter] / chunks.size
         fisher = fisher.mT.contiguous() if site.transposed else fisher
@@ -159,7 +180,7 @@ class Curvature:
 
 def _curvature(
     model: Any, sites: Sequence[Site], chunks: NDArray[np.int64], statistics: Statistics
-) -> None:
+) -> Iterator[None]:
     curvature = Curvature()
     model.requires_grad_(False)
     embedding = model.get_input_embeddings()  # where the graph begins
@@ -168,6 +189,7 @@ def _curvature(
         with Tap(model, sites, curvature.watch):
             for seed, ids in enumerate(chunks):
                 backward_of_samples(model, ids, seed)
+                yield
     finally:
         handle.remove()
     for site in sites:

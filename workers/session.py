@@ -19,7 +19,7 @@ from cost_models.probing import local_name
 from engines import Engine, load_timed
 from engines.base import Cell, Exercise, Run, Timing
 from evaluation.arithmetic import DTYPES, default_device
-from evaluation.calibration import calibrate
+from evaluation.calibration import calibrate, calibrating, passes
 from evaluation.evaluator import Evaluator, Measurement
 from quantization.bank import Bank
 from quantization.cache import cache_dir
@@ -28,9 +28,9 @@ from quantization.errors import ModelError, WorkerError
 from quantization.memory import return_memory
 from quantization.quantizers import QUANTIZERS
 from quantization.schemes import Scheme
-from quantization.statistics import Imported, Statistics
+from quantization.statistics import Imported, Statistic, Statistics
 from quantization.transforms.checkpoint import Folding, folded_sites, write_folded
-from quantization.units import Layout
+from quantization.units import Layout, Site
 from sensitivity import ESTIMATORS, RawTable, Share
 from sensitivity.interactions import Interactions, measure_interactions
 from sensitivity.slopes import LocalSlopes, measure_slopes
@@ -78,27 +78,30 @@ class Session:
         torch.set_num_threads(spec.threads)
         self._schemes = {name: Scheme.parse(name) for row in spec.choices for name in row}
         self._choices = [[self._schemes[name] for name in row] for row in spec.choices]
-        self._preparing: Generator[int] | None = None
+        self._preparing: Generator[tuple[int, int]] | None = None
 
     def prepare(self, seconds: float = inf) -> tuple[int, int]:
         """Make sure that this node has the whole bank, or go on with it for some seconds.
 
-        A folded model and statistics are made in one go. One worker of a node builds, until the bank
+        A folded model is made in one go. One worker of a node builds, until the bank
         is whole: others wait, so that their cores are free, and disk space that was checked is there.
 
         Returns:
-            How many files the bank lacked when it was begun, and lacks now; one and one as long as
-            another worker builds.
+            How much there was to do when it was begun, and is now: files that the bank lacks, and
+            passes of a chunk of text for statistics; one and one as long as another worker builds.
         """
         end = time.monotonic() + seconds
         threads = torch.get_num_threads()
         torch.set_num_threads(os.cpu_count() or 1)
         try:
             self._preparing = self._preparing or self._prepared()
-            for lacked in self._preparing:
+            for whole, passes_left in self._preparing:
                 if time.monotonic() >= end:
-                    left = len(self._bank.missing(self._choices)) if lacked else 1
-                    return max(lacked, left, 1), left
+                    if not whole:
+                        return 1, 1
+                    if not (left := passes_left + len(self._bank.missing(self._choices))):
+                        break  # nobody would come again and let the lock go
+                    return max(whole, left), left
             self.close()
         except BaseException:
             self.close()
@@ -114,20 +117,23 @@ class Session:
             self._preparing.close()
         self._preparing = None
 
-    def _prepared(self) -> Generator[int]:
-        """Steps towards the whole bank, each with what it lacked at first; zero while that isn't known."""
+    def _prepared(self) -> Generator[tuple[int, int]]:
+        """Steps towards the whole bank: what there was to do (zero: unknown yet), and passes left."""
         lock = cache_dir() / "banks" / "building.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as handle:
             while not _taken(handle):
-                yield 0
+                yield 0, 0
                 time.sleep(POLL_S)
             self._fold()
-            lacked = len(self._bank.missing(self._choices))
-            self._calibrate()
-            yield lacked
+            wanted = self._bank.wanted(self._choices)
+            left = passes(wanted, self._spec.calibration)
+            whole = left + len(self._bank.missing(self._choices))
+            for _ in self._calibrating(wanted):
+                left -= 1
+                yield whole, left
             for _ in self._bank.building(self._choices):
-                yield lacked
+                yield whole, 0
 
     def estimate(self, estimator: str, chunks: Ids, share: Share) -> tuple[RawTable, float]:
         """A share of a raw sensitivity table, and the seconds it took."""
@@ -221,13 +227,10 @@ class Session:
         )
         write_folded(folding, original, layout, default_device())
 
-    def _calibrate(self) -> None:
+    def _calibrating(self, wanted: dict[Statistic, list[Site]]) -> Iterator[None]:
         """Collect the statistics that the bank's missing entries are made with."""
-        wanted = self._bank.wanted(self._choices)
-        if not wanted:
-            return
         assert self._bank.statistics is not None
-        calibrate(
+        return calibrating(
             self._bank.checkpoint,
             wanted,
             self._spec.calibration,

@@ -1,6 +1,7 @@
 """The bank's progress: it moves while the bank grows, and ends where the bank is whole."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -81,6 +82,16 @@ def test_a_bank_that_another_worker_builds_is_waited_for(spec):
         _, left = first.prepare(0)
     assert second.prepare(0) in {(1, 1), (1, 0)}  # it looks again after a while
     assert second.prepare() == (1, 0)
+
+
+def test_a_bank_that_only_grows_is_let_go_at_its_end(spec):
+    """Its last file may be the last step's: the lock must be free then."""
+    narrow = replace(spec, choices=tuple(row[:2] for row in spec.choices))
+    make_session(narrow).prepare()
+    session, left = make_session(spec), 1
+    while left:
+        _, left = session.prepare(0)
+    assert make_session(spec).prepare(0) == (1, 0)
 
 
 def test_workers_of_a_cluster_build_one_bank(spec):

@@ -102,7 +102,8 @@ def solve_again(
     problem = replace(problem, names=tuple(unit.name for unit in layout.units))
     if budgets and (least := problem.smallest(BYTES) + given.other_bytes) > budgets[0]:
         raise InfeasibleBudgetError(
-            f"no map fits into {budgets[0]:,} bytes: the smallest has {least:,}; raise the budget"
+            f"no map has weight_bytes of at most {budgets[0]:,}: the least, of the whole model, is "
+            f"{least:,}; raise the budget"
         )
     bounds = [budget - given.other_bytes for budget in budgets]
     solutions = sweep(problem, BYTES, bounds, others)

@@ -48,19 +48,6 @@ class SecondMoments:
         self._latest = inputs, key
 
 
-def calibrate(
-    checkpoint: Checkpoint,
-    wanted: Mapping[Statistic, Sequence[Site]],
-    chunks: NDArray[np.int64],
-    statistics: Statistics,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Write the wanted statistics of some sites: `calibrating` to its end."""
-    for _ in calibrating(checkpoint, wanted, chunks, statistics, device, dtype):
-        pass
-
-
 def passes(wanted: Mapping[Statistic, Sequence[Site]], chunks: NDArray[np.int64]) -> int:
     """How many times `calibrating` will yield."""
     return len(chunks) * sum(len(list(_parts(sites, kind))) for kind, sites in wanted.items())

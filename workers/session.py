@@ -19,7 +19,7 @@ from cost_models.probing import local_name
 from engines import Engine, load_timed
 from engines.base import Cell, Exercise, Run, Timing
 from evaluation.arithmetic import DTYPES, default_device
-from evaluation.calibration import calibrate, calibrating, passes
+from evaluation.calibration import calibrating, passes
 from evaluation.evaluator import Evaluator, Measurement
 from quantization.bank import Bank
 from quantization.cache import cache_dir
@@ -217,14 +217,15 @@ class Session:
         sites = [
             s for s in folded_sites(layout) if not statistics.path(s, "second-moment").exists()
         ]
-        calibrate(
+        for _ in calibrating(
             original,
             {"second-moment": sites} if sites else {},
             self._spec.calibration,
             statistics,
             default_device(),
             DTYPES[self._spec.dtype],
-        )
+        ):
+            pass
         write_folded(folding, original, layout, default_device())
 
     def _calibrating(self, wanted: dict[Statistic, list[Site]]) -> Iterator[None]:

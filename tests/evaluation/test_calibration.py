@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evaluation import calibration
-from evaluation.calibration import backward_of_samples, calibrate
+from evaluation.calibration import backward_of_samples, calibrating, passes
 from quantization import statistics
 from quantization.checkpoints import load_model
 from quantization.statistics import Statistics, output_blocks
@@ -22,7 +22,8 @@ def collected(bank, name, kind, tmp_path, monkeypatch):
     monkeypatch.setenv("BITFRONT_CACHE", str(tmp_path))
     statistics = Statistics(name)
     wanted = {kind: sites(bank)}
-    calibrate(bank.checkpoint, wanted, CHUNKS, statistics, CPU, torch.float32)
+    steps = calibrating(bank.checkpoint, wanted, CHUNKS, statistics, CPU, torch.float32)
+    assert len(list(steps)) == passes(wanted, CHUNKS)
     return {site: statistics.of(site, [kind]) for site in sites(bank)}
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from evaluation.arithmetic import default_device
-from evaluation.calibration import calibrate
+from evaluation.calibration import calibrating
 from quantization.adapter import describe
 from quantization.checkpoints import load_model, resolve
 from quantization.errors import ModelError
@@ -58,7 +58,7 @@ def calibrated(folder):
     layout, statistics = describe(original), Statistics(f"outliers|{original.weights_hash}")
     ids = np.random.default_rng(0).integers(2, 300, (4, 64))
     wanted = {"second-moment": folded_sites(layout)}
-    calibrate(original, wanted, ids, statistics, default_device(), torch.float32)
+    list(calibrating(original, wanted, ids, statistics, default_device(), torch.float32))
     return original, layout, statistics
 
 
